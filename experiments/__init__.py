@@ -1,0 +1,1 @@
+"""One module per experiment, each run by `python -m experiments.<name>`."""

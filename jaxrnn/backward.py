@@ -1,0 +1,188 @@
+"""3. The backward pass: backpropagation through time, by hand (Werbos 1990).
+
+    dy_t = y_hat_t - target_t
+    dh_t = W_y^T dy_t + W_h^T dz_{t+1}        dz_t = f'(z_t) * dh_t        dz_{T+1} = 0
+    dW_y = sum dy_t h_t^T        dW_x = sum dz_t x_t^T        dW_h = sum dz_t h_{t-1}^T
+    db_y = sum dy_t              db_h = sum dz_t
+
+Two halves: a reverse scan for dz, then one contraction per weight. Both go block by block of time,
+so that nothing but the hidden states is ever T steps long, and these can be recomputed.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn import checks
+from jaxrnn.activations import Activation, tanh
+from jaxrnn.forward import (
+    hold,
+    initial_state,
+    input_product,
+    mean_weights,
+    previous,
+    readout,
+    recur,
+    sum_dtype,
+    unless_reset,
+    where_exists,
+)
+from jaxrnn.losses import Loss, cross_entropy
+from jaxrnn.params import Params
+from jaxrnn.sequences import Batch
+
+BLOCK = 32
+"""Steps in a block where `checkpoint_every` does not say: its products stay in cache."""
+
+
+def outer_sum(d: Array, x: Array, dtype) -> Array:
+    """sum_t d_t x_t^T over all steps and batch axes: (..., J), (..., I) -> (J, I)."""
+    d, x = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1])
+    return jnp.matmul(d.T, x, preferred_element_type=dtype)
+
+
+def input_outer_sum(d: Array, xs: Array, input_size: int, dtype) -> Array:
+    """sum_t d_t x_t^T; where x is a token, d_t is added to that token's column."""
+    if checks.is_integer(xs):
+        xs = jax.nn.one_hot(xs, input_size, dtype=d.dtype)
+    return outer_sum(d, xs.astype(d.dtype), dtype)
+
+
+def bias_sum(d: Array, dtype) -> Array:
+    """sum_t d_t over all steps and batch axes."""
+    return d.reshape(-1, d.shape[-1]).sum(axis=0, dtype=dtype)
+
+
+def reverse_scan(W_h, dh, dhs, f_primes, mask, reset) -> tuple[Array, Array]:
+    """dz_t = f'(z_t) * (dh_t + W_h^T dz_{t+1}), from the last step to the first.
+
+    Args:
+      W_h: (H, H).
+      dh: W_h^T dz_{T+1}, (*batch, H): what flows in from the steps after.
+      dhs: W_y^T dy_t, (T, *batch, H): what flows in from the outputs.
+      f_primes: f'(z_t), (T, *batch, H).
+      mask: (T, *batch) bool or None; what flows in passes by a step that does not exist.
+      reset: (T, *batch) bool or None; nothing flows through a reset.
+
+    Returns:
+      W_h^T dz_1 (*batch, H), and dzs (T, *batch, H).
+    """
+
+    def body(dh, now):
+        dh_y, f_prime, exists, cut = now
+        dz = where_exists(exists, f_prime * (dh_y + dh))
+        return hold(exists, unless_reset(cut, dz @ W_h), dh), dz
+
+    return lax.scan(body, dh, (dhs, f_primes, mask, reset), reverse=True)
+
+
+class _Block(NamedTuple):
+    """Some consecutive steps of a batch, with their share of the mean instead of weights."""
+
+    xs: Array
+    targets: Array
+    weights: Array
+    mask: Array | None
+    reset: Array | None
+
+
+def _in_blocks(steps: _Block, length: int) -> tuple[_Block, _Block]:
+    """All whole blocks, stacked (T // length, length, ...), and the T % length steps left over."""
+    whole = steps.xs.shape[0] // length
+    stack = jax.tree.map(
+        lambda leaf: leaf[: whole * length].reshape(whole, length, *leaf.shape[1:]), steps
+    )
+    return stack, jax.tree.map(lambda leaf: leaf[whole * length :], steps)
+
+
+def bptt(
+    params: Params,
+    batch: Batch,
+    h_0: Array | None = None,
+    *,
+    activation: Activation = tanh,
+    loss: Loss = cross_entropy,
+    checkpoint_every: int | None = None,
+) -> tuple[tuple[Array, Array], Params]:
+    """Loss, last state and the gradient of the loss by the parameters.
+
+    Takes and returns what `jax.value_and_grad(sequence_loss, has_aux=True)` does, to rounding.
+
+    Args:
+      params: Params.
+      batch: Batch.
+      h_0: (*batch, H); zeros if None. No gradient flows into it (take `sequence_loss` for that).
+      activation: f.
+      loss: g and its loss.
+      checkpoint_every: K keeps the state of every K-th step alone and recomputes those between:
+        one more pass over the recurrence, and memory like T/K + K instead of T. None keeps all.
+
+    Returns:
+      (L, h_T), grads: a scalar in float32 at least, (*batch, H), and Params in the parameters'
+      dtype, summed over time in float32 at least.
+
+    Raises:
+      TypeError, ValueError: a dtype or shape that does not fit; the message names it.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
+    >>> (value, h_T), grads = bptt(params, batch)
+    >>> auto = jax.grad(jaxrnn.sequence_loss, has_aux=True)(params, batch)[0]
+    >>> bool(jnp.allclose(grads.W_h, auto.W_h, atol=1e-6))
+    True
+    """
+    checks.check_batch(params, batch, h_0, activation, loss)
+    checks.check_checkpoint_every(checkpoint_every)
+    dtype = sum_dtype(params)
+    h_0 = initial_state(params, batch.xs, h_0)
+    steps = _Block(
+        where_exists(batch.mask, batch.xs),
+        where_exists(batch.mask, batch.targets),
+        mean_weights(batch, dtype),
+        batch.mask,
+        batch.reset,
+    )
+
+    def states(h, block):
+        zs = input_product(params, block.xs)
+        return recur(activation, params.W_h, zs, h, block.mask, block.reset)
+
+    def forward(h, block):
+        hs = states(h, block)
+        return hs[-1], (h, hs if checkpoint_every is None else None)
+
+    def backward(carry, block_and_kept):
+        dh, value, grads = carry
+        block, (h, hs) = block_and_kept
+        hs = states(h, block) if hs is None else hs
+        ys = readout(params, hs).astype(dtype)
+        value += (block.weights * loss.value(ys, block.targets)).sum()
+        dys = (block.weights[..., None] * loss.error(ys, block.targets)).astype(hs.dtype)
+
+        dh, dzs = reverse_scan(
+            params.W_h, dh, dys @ params.W_y, activation.df(hs), block.mask, block.reset
+        )
+        block_grads = Params(
+            W_x=input_outer_sum(dzs, block.xs, params.W_x.shape[1], dtype),
+            W_h=outer_sum(dzs, previous(hs, h, block.reset), dtype),
+            W_y=outer_sum(dys, hs, dtype),
+            b_h=bias_sum(dzs, dtype),
+            b_y=bias_sum(dys, dtype),
+        )
+        return (dh, value, jax.tree.map(jnp.add, grads, block_grads)), None
+
+    T = batch.xs.shape[0]
+    blocks, rest = _in_blocks(steps, min(checkpoint_every or BLOCK, max(T, 1)))
+    no_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
+    carry = jnp.zeros_like(h_0), jnp.zeros((), dtype), no_grads
+
+    h_T, kept = lax.scan(forward, h_0, blocks)
+    if rest.xs.shape[0]:
+        h_T, kept_rest = forward(h_T, rest)
+        carry, _ = backward(carry, (rest, kept_rest))
+    (_, value, grads), _ = lax.scan(backward, carry, (blocks, kept), reverse=True)
+
+    return (value, h_T), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

@@ -1,0 +1,104 @@
+"""1. Initialisation: the parameters, and how they start."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn import checks
+
+Initializer = Callable[..., Array]
+
+
+class Params(NamedTuple):
+    """The network's parameters, a pytree; a gradient has the same type.
+
+        z_t = W_x x_t + W_h h_{t-1} + b_h        y_t = W_y h_t + b_y
+
+    Attributes:
+      W_x: (H, I), input to hidden.
+      W_h: (H, H), hidden to hidden.
+      W_y: (O, H), hidden to output.
+      b_h: (H,), hidden bias.
+      b_y: (O,), output bias.
+    """
+
+    W_x: Array
+    W_h: Array
+    W_y: Array
+    b_h: Array
+    b_y: Array
+
+
+def at_least_float32(dtype):
+    """The dtype, or float32 where it is shorter."""
+    return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def scaled_identity(scale: float = 1.0) -> Initializer:
+    """W_h = scale * identity: with ReLU and scale 1, the IRNN (Le, Jaitly, Hinton 2015).
+
+    >>> scaled_identity(0.5)(None, (2, 2)).tolist()
+    [[0.5, 0.0], [0.0, 0.5]]
+    """
+
+    def initializer(key, shape, dtype=jnp.float32):
+        del key  # nothing about it is random
+        return scale * jnp.eye(*shape, dtype=dtype)
+
+    return initializer
+
+
+_fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+
+
+def init(
+    key: Array,
+    input_size: int,
+    hidden_size: int,
+    output_size: int,
+    *,
+    W_h_init: Initializer = jax.nn.initializers.orthogonal(),
+    dtype=jnp.float32,
+) -> Params:
+    """Draws the parameters.
+
+    W_x ~ N(0, 1/I), W_y ~ N(0, 1/H), biases zero. W_h is orthogonal: it neither shrinks nor grows
+    what passes through it (Saxe, McClelland, Ganguli 2013).
+
+    Args:
+      key: a key from `jax.random.key`.
+      input_size: I, the features of x_t, or the number of tokens.
+      hidden_size: H.
+      output_size: O.
+      W_h_init: (key, (H, H), dtype) -> W_h, such as `jax.nn.initializers.orthogonal(scale=0.9)`,
+        whose spectral radius is 0.9, or `scaled_identity()`.
+      dtype: of the parameters, and so of everything computed from them.
+
+    Returns:
+      Params.
+
+    Raises:
+      TypeError: a size is not an integer, the key not a key, the dtype not a float.
+      ValueError: a size is below 1, or W_h_init returns another shape.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> [leaf.shape for leaf in params]
+    [(5, 3), (5, 5), (2, 5), (5,), (2,)]
+    """
+    checks.check_init(key, input_size, hidden_size, output_size, dtype)
+    key_x, key_h, key_y = jax.random.split(key, 3)
+    draw_dtype = at_least_float32(dtype)  # there is no QR factorisation below it
+    params = Params(
+        W_x=_fan_in(key_x, (hidden_size, input_size), draw_dtype),
+        W_h=W_h_init(key_h, (hidden_size, hidden_size), draw_dtype),
+        W_y=_fan_in(key_y, (output_size, hidden_size), draw_dtype),
+        b_h=jnp.zeros(hidden_size, draw_dtype),
+        b_y=jnp.zeros(output_size, draw_dtype),
+    )
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    checks.check_params(params)
+    return params

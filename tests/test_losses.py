@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from tests.reference import LOSSES, oracle_step_loss
+
+
+def example(name, seed=0):
+    rng = np.random.default_rng(seed)
+    y = jnp.asarray(rng.normal(size=(5, 4)))
+    target = rng.uniform(size=(5, 4)) if name == "binary_cross_entropy" else rng.normal(size=(5, 4))
+    if name == "cross_entropy":
+        target = rng.dirichlet(np.ones(4), 5)
+    return y, jnp.asarray(target)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", LOSSES)
+def test_error_is_the_derivative_of_value_and_equals_y_hat_minus_target(name):
+    loss = LOSSES[name]
+    y, target = example(name)
+    derivative = jax.grad(lambda y: loss.value(y, target).sum())(y)
+    np.testing.assert_allclose(loss.error(y, target), derivative, atol=1e-15)
+    np.testing.assert_allclose(loss.error(y, target), loss.g(y) - target, atol=1e-15)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", LOSSES)
+def test_value_is_the_formula(name):
+    y, target = example(name)
+    expected = [oracle_step_loss(name, *pair) for pair in zip(y, target, strict=True)]
+    np.testing.assert_allclose(LOSSES[name].value(y, target), expected, rtol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_values_equal_optax():
+    y, target = example("cross_entropy")
+    labels = jnp.arange(5) % 4
+    got = [jaxrnn.cross_entropy.value(y, t) for t in (target, labels)]
+    np.testing.assert_allclose(got[0], optax.softmax_cross_entropy(y, target), rtol=1e-13)
+    expected = optax.softmax_cross_entropy_with_integer_labels(y, labels)
+    np.testing.assert_allclose(got[1], expected, rtol=1e-13)
+    y, target = example("binary_cross_entropy")
+    expected = optax.sigmoid_binary_cross_entropy(y, target).sum(axis=-1)
+    np.testing.assert_allclose(jaxrnn.binary_cross_entropy.value(y, target), expected, rtol=1e-13)
+
+
+def test_labels_are_one_hot_distributions():
+    y, labels = jnp.arange(12.0).reshape(3, 4), jnp.array([3, 0, 1])
+    for part in ("value", "error"):
+        of = getattr(jaxrnn.cross_entropy, part)
+        np.testing.assert_allclose(of(y, labels), of(y, jax.nn.one_hot(labels, 4)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy"])
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
+def test_large_outputs_stay_finite_and_exact(name, scale):
+    """A sure and right answer costs nothing; a sure and wrong one its margin."""
+    loss, right = LOSSES[name], jnp.array([1.0, 0.0])
+    y = jnp.array([scale, -scale])
+    assert loss.value(y, right) == 0
+    assert loss.value(y, 1 - right) == pytest.approx(2 * scale)
+    assert jnp.isfinite(loss.error(y, 1 - right)).all()
+
+
+def test_a_small_binary_loss_keeps_its_digits():
+    value = jaxrnn.binary_cross_entropy.value(jnp.array([20.0]), jnp.array([1.0]))
+    assert value == pytest.approx(np.log1p(np.exp(-20.0)), rel=1e-6)
