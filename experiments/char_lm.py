@@ -58,6 +58,7 @@ class InputError(Exception):
 
 
 def read_text(path: Path | None) -> str:
+    """The file's text, or CPython's own documentation."""
     if path is None:
         from pydoc_data import topics
 
@@ -76,8 +77,8 @@ def split(text: str, config: Config) -> tuple[list[str], tuple[np.ndarray, np.nd
     needed = max(needed, math.ceil((config.batch_size * config.window + 1) / 0.9))
     if len(text) < needed:
         raise InputError(
-            f"{config.text or 'pydoc_data.topics'}: expected at least {needed} characters for batch_size "
-            f"{config.batch_size} and window {config.window}, got {len(text)}"
+            f"{config.text or 'pydoc_data.topics'}: expected at least {needed} characters for "
+            f"batch_size {config.batch_size} and window {config.window}, got {len(text)}"
         )
     vocabulary = sorted(set(text))
     index = {character: i for i, character in enumerate(vocabulary)}
@@ -93,10 +94,10 @@ def streams(ids: np.ndarray, batch_size: int) -> Batch:
     `batch_size` characters.
     """
     T = (len(ids) - 1) // batch_size
-    return Batch(
-        xs=ids[: T * batch_size].reshape(batch_size, T).T,
-        targets=ids[1 : T * batch_size + 1].reshape(batch_size, T).T,
-    )
+    used = T * batch_size
+    xs, targets = ids[:used], ids[1 : used + 1]
+    batch = Batch(xs, targets)  # type: ignore[arg-type]
+    return jax.tree.map(lambda leaf: leaf.reshape(batch_size, T).T, batch)
 
 
 def endless(stream: Batch, window: int) -> Iterator[tuple[bool, Batch]]:
@@ -229,9 +230,15 @@ def main(config: Config) -> dict:
     return summary
 
 
-if __name__ == "__main__":
+def run(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
     try:
-        main(tyro.cli(Config))
+        main(tyro.cli(Config, args=arguments))
     except InputError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -80,7 +80,9 @@ def _check_input(name: str, params, x, leading: str) -> None:
     if is_integer(x):
         return
     if not _is_float(x.dtype):
-        raise TypeError(f"{name}: expected a floating-point dtype, or integer tokens, got {x.dtype}")
+        raise TypeError(
+            f"{name}: expected a floating-point dtype, or integer tokens, got {x.dtype}"
+        )
     if x.ndim < 1 or x.shape[-1] != I:
         raise ValueError(f"{name}: expected shape ({leading}, {I}) to fit W_x, got {x.shape}")
 
@@ -107,7 +109,9 @@ def steps_shape(xs) -> tuple[int, ...]:
 
 
 def _check_activation(activation) -> None:
-    if not callable(getattr(activation, "f", None)) or not callable(getattr(activation, "df", None)):
+    if not callable(getattr(activation, "f", None)) or not callable(
+        getattr(activation, "df", None)
+    ):
         raise TypeError(f"activation: expected an Activation(f, df), got {activation!r}")
 
 
@@ -162,7 +166,7 @@ def _check_range(name: str, values, counted, size: int, meaning: str) -> None:
         where = tuple(int(i) for i in wrong[0])
         raise ValueError(
             f"{name}: expected integers in [0, {size}) ({meaning}), got {int(values[where])} at "
-            f"{where}; {len(wrong)} of {values.size} are out of range"
+            f"{where}; {len(wrong)} of {values.size} are not"
         )
 
 
@@ -173,7 +177,7 @@ def _check_finite(name: str, values, counted) -> None:
         where = tuple(int(i) for i in wrong[0])
         raise ValueError(
             f"{name}: expected finite numbers where the mask counts them, got {values[where]} at "
-            f"{where}; {len(wrong)} of {values.size} are not finite"
+            f"{where}; {len(wrong)} of {values.size} are not"
         )
 
 
@@ -195,7 +199,7 @@ def check_values(params, batch) -> None:
     >>> params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
     >>> check_values(params, jaxrnn.Batch(jnp.array([0, 2]), jnp.array([0, 2])))
     Traceback (most recent call last):
-    ValueError: targets: expected integers in [0, 2) (O labels), got 2 at (1,); 1 of 2 are out of range
+    ValueError: targets: expected integers in [0, 2) (O labels), got 2 at (1,); 1 of 2 are not
     """
     xs, targets = np.asarray(batch.xs), np.asarray(batch.targets)
     shape = steps_shape(xs)

@@ -5,8 +5,6 @@ that is not sequential taken out of the loop over time, in the forward pass and 
 derives from it.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax

@@ -46,12 +46,15 @@ def scaled_identity(scale: float = 1.0) -> Initializer:
 
     def initializer(key, shape, dtype=jnp.float32):
         del key  # nothing about it is random
-        return scale * jnp.eye(*shape, dtype=dtype)
+        return scale * jnp.eye(shape[0], shape[1], dtype=dtype)
 
     return initializer
 
 
 _fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+
+
+_orthogonal = jax.nn.initializers.orthogonal()
 
 
 def init(
@@ -60,7 +63,7 @@ def init(
     hidden_size: int,
     output_size: int,
     *,
-    W_h_init: Initializer = jax.nn.initializers.orthogonal(),
+    W_h_init: Initializer = _orthogonal,
     dtype=jnp.float32,
 ) -> Params:
     """Draws the parameters.

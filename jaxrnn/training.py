@@ -134,7 +134,7 @@ def _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience)
     checks.check_size("patience", patience)
     if isinstance(train, Batch):
         if h_0 is not None:
-            raise ValueError("h_0: expected None, for examples of one Batch are shuffled, got a state")
+            raise ValueError("h_0: expected None, as examples of a Batch are shuffled, got a state")
         if len(checks.steps_shape(train.xs)) < 2 or 0 in checks.steps_shape(train.xs)[1:]:
             raise ValueError(f"train: expected xs (T, examples, ...), got shape {train.xs.shape}")
         if batch_size is not None:
@@ -222,7 +222,9 @@ def fit(
         else:
             state, train_loss = _stream_epoch(update, state, train, h_0)
         train_loss = float(train_loss)
-        held_out = train_loss if valid is None else evaluate(state.params, valid, h_0, loss_fn=loss_fn)
+        held_out = (
+            train_loss if valid is None else evaluate(state.params, valid, h_0, loss_fn=loss_fn)
+        )
         history.append(Evaluation(epoch, train_loss, held_out))
         waited = 0 if held_out < lowest - tolerance else waited + 1
         if held_out < lowest:

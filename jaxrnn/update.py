@@ -1,7 +1,7 @@
 """4. The update: the algorithm's own rule, or any optax optimiser, as one jitted step."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from jaxrnn.params import Params
 from jaxrnn.sequences import Batch
 
 GradientFn = Callable[..., tuple[tuple[Array, Array], Params]]
-Rule = Callable[[Params, Params], Params]
-Optimizer = optax.GradientTransformation | Rule
+Optimizer: TypeAlias = Any
+"""An `optax.GradientTransformation`, or a rule (params, grads) -> params."""
 
 
 def sgd(params, grads, learning_rate):
@@ -85,7 +85,7 @@ def _is_optax(optimizer: Optimizer) -> bool:
 
 
 def make_update(
-    gradient_fn: GradientFn = bptt, optimizer: Optimizer | None = None
+    gradient_fn: GradientFn = bptt, optimizer: Optimizer = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the update step: gradient, then optimiser, jitted, with the state donated.
 

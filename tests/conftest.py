@@ -5,8 +5,13 @@ import os
 # Tests compile a thousand small programs and run each once: spend no time on making them fast.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import hypothesis
 import jax
 import pytest
+
+# The first example compiles; how long that takes says nothing. The same examples every time.
+hypothesis.settings.register_profile("jaxrnn", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("jaxrnn")
 
 
 @pytest.fixture

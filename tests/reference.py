@@ -103,9 +103,7 @@ def random_case(
     I, H, O = fixed.get("sizes", (I, H, O))
     shape = (int(T), *batch_shape)
     tokens, labels = choose("tokens", [False, True]), choose("labels", [True, True, False])
-    given = {
-        name: choose(name, [False, True]) for name in ("mask", "reset", "weights", "h_0")
-    }
+    given = {name: choose(name, [False, True]) for name in ("mask", "reset", "weights", "h_0")}
     checkpoint_every = choose("checkpoint_every", [None, None, 1, 3, 16, 300])
     rng = np.random.default_rng([structure, values])
 

@@ -1,0 +1,215 @@
+"""Every wrong argument: the error names it, what was expected and what came."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch
+
+I, H, O = 3, 5, 2
+T, B = 7, 4
+KEY = jax.random.key(0)
+PARAMS = jaxrnn.init(KEY, I, H, O)
+XS = jnp.ones((T, B, I))
+LABELS = jnp.zeros((T, B), int)
+BATCH = Batch(XS, LABELS)
+RULE = partial(jaxrnn.sgd, learning_rate=0.1)
+
+
+def init(key=KEY, sizes=(I, H, O), **keywords):
+    return lambda: jaxrnn.init(key, *sizes, **keywords)
+
+
+def with_params(**leaves):
+    return lambda: jaxrnn.unroll(PARAMS._replace(**leaves), XS)
+
+
+def step(h=None, x=None, **keywords):
+    h = jnp.zeros((B, H)) if h is None else h
+    x = jnp.ones((B, I)) if x is None else x
+    return lambda: jaxrnn.step(PARAMS, h, x, **keywords)
+
+
+def unroll(xs=XS, h_0=None, **keywords):
+    return lambda: jaxrnn.unroll(PARAMS, xs, h_0, **keywords)
+
+
+def bptt(h_0=None, loss=jaxrnn.cross_entropy, checkpoint_every=None, **fields):
+    batch = BATCH._replace(**fields)
+    return lambda: jaxrnn.bptt(PARAMS, batch, h_0, loss=loss, checkpoint_every=checkpoint_every)
+
+
+def sequence_loss(batch=BATCH, **keywords):
+    return lambda: jaxrnn.sequence_loss(PARAMS, batch, **keywords)
+
+
+def check_values(**fields):
+    return lambda: jaxrnn.check_values(PARAMS, BATCH._replace(**fields))
+
+
+def fit(key=KEY, train=BATCH, **keywords):
+    return lambda: jaxrnn.fit(key, PARAMS, train, optimizer=RULE, **keywords)
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+NAN = XS.at[2, 1, 0].set(jnp.nan)
+
+# name: (call, exception, what the message says)
+WRONG = {
+    "size 0": (init(sizes=(0, H, O)), ValueError, r"input_size: expected at least 1, got 0"),
+    "size below 0": (init(sizes=(I, -5, O)), ValueError, r"hidden_size: .*at least 1, got -5"),
+    "size of float": (init(sizes=(I, H, 2.0)), TypeError, r"output_size: .*integer, got 2.0"),
+    "size of bool": (init(sizes=(True, H, O)), TypeError, r"input_size: .*integer, got True"),
+    "size of text": (init(sizes=(I, "5", O)), TypeError, r"hidden_size: .*integer, got '5'"),
+    "integer dtype": (init(dtype=jnp.int32), TypeError, r"dtype: .*floating-point.*got int32"),
+    "seed for key": (init(key=0), TypeError, r"key: expected an array, got int"),
+    "raw key": (init(key=jax.random.PRNGKey(0)), TypeError, r"key: .*jax.random.key, got uint32"),
+    "many keys": (init(key=jax.random.split(KEY)), TypeError, r"key: expected one.*\(2,\)"),
+    "W_h_init of another shape": (
+        init(W_h_init=lambda key, shape, dtype: jnp.zeros((2, 2), dtype)),
+        ValueError, r"params.W_x: expected shape \(2, 3\).*got \(5, 3\)",
+    ),
+    "params of tuple": (
+        lambda: jaxrnn.unroll(tuple(PARAMS), XS), TypeError, r"params: expected Params, got tuple"
+    ),
+    "W_h not square": (
+        with_params(W_h=zeros(H, 4)), ValueError, r"params.W_h: expected shape \(5, 5\).*\(5, 4\)"
+    ),
+    "W_x of another H": (
+        with_params(W_x=zeros(6, I)), ValueError, r"params.W_x: expected shape \(5, 3\).*\(6, 3\)"
+    ),
+    "W_y transposed": (
+        with_params(W_y=zeros(H, O)), ValueError, r"params.W_y: expected shape \(5, 5\).*\(5, 2\)"
+    ),
+    "b_h too long": (with_params(b_h=zeros(9)), ValueError, r"params.b_h: .*\(5,\).*\(9,\)"),
+    "b_y of rank 2": (with_params(b_y=zeros(1, O)), ValueError, r"params.b_y: expected rank 1"),
+    "W_h of rank 3": (with_params(W_h=zeros(1, H, H)), ValueError, r"params.W_h: expected rank 2"),
+    "mixed dtypes": (
+        with_params(W_y=zeros(O, H, dtype=jnp.bfloat16)),
+        TypeError, r"params.W_y: expected float32 as W_h has, got bfloat16",
+    ),
+    "integer parameters": (
+        with_params(b_h=zeros(H, dtype=jnp.int32)), TypeError, r"params.b_h: .*got int32"
+    ),
+    "parameters of list": (with_params(b_h=[0.0] * H), TypeError, r"params.b_h: .*array, got list"),
+    "step, x of another I": (step(x=zeros(B, 9)), ValueError, r"x: expected.*3.*got \(4, 9\)"),
+    "step, h of another H": (step(h=zeros(B, 9)), ValueError, r"h: expected.*\(4, 5\).*\(4, 9\)"),
+    "step, h without batch": (step(h=zeros(H)), ValueError, r"h: expected shape \(4, 5\)"),
+    "step, integer h": (step(h=zeros(B, H, dtype=jnp.int32)), TypeError, r"h: .*got int32"),
+    "step, activation of name": (step(activation="tanh"), TypeError, r"activation: .*got 'tanh'"),
+    "activation without df": (unroll(activation=jnp.tanh), TypeError, r"activation: expected"),
+    "xs of list": (unroll(xs=[1.0]), TypeError, r"xs: expected an array, got list"),
+    "xs of bool": (unroll(xs=XS > 0), TypeError, r"xs: .*floating-point.*got bool"),
+    "xs of complex": (unroll(xs=XS + 0j), TypeError, r"xs: .*got complex64"),
+    "xs of another I": (unroll(xs=zeros(T, B, 9)), ValueError, r"xs: .*3.*got \(7, 4, 9\)"),
+    "xs without time": (unroll(xs=zeros(I)), ValueError, r"xs: expected a time axis.*\(3,\)"),
+    "xs of rank 0": (unroll(xs=zeros()), ValueError, r"xs: expected shape.*got \(\)"),
+    "one token": (unroll(xs=jnp.array(1)), ValueError, r"xs: expected a time axis.*\(\)"),
+    "h_0 of another batch": (unroll(h_0=zeros(9, H)), ValueError, r"h_0: .*\(4, 5\).*got \(9, 5\)"),
+    "h_0 of integers": (unroll(h_0=zeros(B, H, dtype=int)), TypeError, r"h_0: .*got int32"),
+    "mask of floats": (unroll(mask=zeros(T, B)), TypeError, r"mask: expected bool, got float32"),
+    "mask without batch": (unroll(mask=jnp.ones(T, bool)), ValueError, r"mask: .*\(7, 4\).*\(7,\)"),
+    "mask transposed": (unroll(mask=jnp.ones((B, T), bool)), ValueError, r"mask: .*got \(4, 7\)"),
+    "mask of list": (unroll(mask=[True]), TypeError, r"mask: expected an array, got list"),
+    "reset of integers": (unroll(reset=zeros(T, B, dtype=int)), TypeError, r"reset: expected bool"),
+    "reset too short": (unroll(reset=jnp.ones((T - 1, B), bool)), ValueError, r"reset: .*\(6, 4\)"),
+    "batch of tuple": (sequence_loss((XS, LABELS)), TypeError, r"batch: expected Batch.*got tuple"),
+    "loss of name": (sequence_loss(loss="mse"), TypeError, r"loss: expected a Loss.*got 'mse'"),
+    "targets too short": (bptt(targets=LABELS[1:]), ValueError, r"targets: .*\(7, 4\).*\(6, 4\)"),
+    "targets without batch": (bptt(targets=LABELS[:, 0]), ValueError, r"targets: .*got \(7,\)"),
+    "targets None": (bptt(targets=None), TypeError, r"targets: expected an array, got NoneType"),
+    "distribution of another O": (bptt(targets=zeros(T, B, 9)), ValueError, r"targets: .*, 9\)"),
+    "labels of rank 3": (
+        bptt(targets=zeros(T, B, O, dtype=int)), ValueError, r"targets: .*integer labels.*, 2\)"
+    ),
+    "labels for squared error": (
+        bptt(loss=jaxrnn.squared_error), ValueError, r"targets: .*shape of y"
+    ),
+    "weights of bool": (bptt(weights=jnp.ones((T, B), bool)), TypeError, r"weights: .*got bool"),
+    "weights for examples": (bptt(weights=zeros(B)), ValueError, r"weights: .*\(7, 4\).*\(4,\)"),
+    "checkpoint every 0": (bptt(checkpoint_every=0), ValueError, r"checkpoint_every: .*got 0"),
+    "checkpoint every 2.0": (bptt(checkpoint_every=2.0), TypeError, r"checkpoint_every: .*got 2.0"),
+    "lengths of floats": (
+        lambda: jaxrnn.mask_from_lengths(zeros(B), T), TypeError, r"lengths: .*got float32"
+    ),
+    "lengths of list": (
+        lambda: jaxrnn.mask_from_lengths([1], T), TypeError, r"lengths: .*array, got list"
+    ),
+    "windows of 0": (lambda: list(jaxrnn.windows(BATCH, 0)), ValueError, r"length: .*1, got 0"),
+    "optimizer None": (lambda: jaxrnn.make_update(jaxrnn.bptt), TypeError, r"optimizer: .*None"),
+    "optimizer of number": (
+        lambda: jaxrnn.make_update(jaxrnn.bptt, 0.1), TypeError, r"optimizer: expected.*0.1"
+    ),
+    "label too large": (
+        check_values(targets=LABELS.at[3, 1].set(2)),
+        ValueError, r"targets: expected integers in \[0, 2\).*got 2 at \(3, 1\); 1 of 28",
+    ),
+    "label -1": (check_values(targets=LABELS - 1), ValueError, r"targets: .*got -1.*28 of 28"),
+    "token too large": (
+        check_values(xs=LABELS.at[0, 2].set(3)), ValueError, r"xs: .*\[0, 3\).*got 3 at \(0, 2\)"
+    ),
+    "token below 0": (check_values(xs=LABELS - 7), ValueError, r"xs: .*got -7"),
+    "NaN in xs": (check_values(xs=NAN), ValueError, r"xs: expected finite.*nan at \(2, 1, 0\)"),
+    "infinite target": (
+        check_values(targets=zeros(T, B, O) + jnp.inf), ValueError, r"targets: .*finite.*inf"
+    ),
+    "weights below 0": (check_values(weights=zeros(T, B) - 1), ValueError, r"weights: .*-1.0"),
+    "weights NaN": (check_values(weights=zeros(T, B) * jnp.nan), ValueError, r"weights: .*finite"),
+    "fit, seed for key": (fit(key=0), TypeError, r"key: expected an array, got int"),
+    "fit, no epochs": (fit(max_epochs=0), ValueError, r"max_epochs: expected at least 1, got 0"),
+    "fit, patience 0": (fit(patience=0), ValueError, r"patience: expected at least 1, got 0"),
+    "fit, batch_size 0": (fit(batch_size=0), ValueError, r"batch_size: expected at least 1"),
+    "fit, label": (fit(train=Batch(XS, LABELS + 9)), ValueError, r"targets: .*got 9"),
+    "fit, held-out label": (fit(valid=Batch(XS, LABELS + 9)), ValueError, r"targets: .*got 9"),
+    "fit, one sequence": (
+        fit(train=Batch(XS[:, 0], LABELS[:, 0])), ValueError, r"train: .*\(T, examples.*\(7, 3\)"
+    ),
+    "fit, no example": (fit(train=Batch(XS[:, :0], LABELS[:, :0])), ValueError, r"train: expected"),
+    "fit, no batch": (fit(train=[]), ValueError, r"train: expected at least one batch"),
+    "fit, one pass": (fit(train=iter([BATCH])), ValueError, r"train: .*once per epoch.*iterator"),
+    "fit, number": (fit(train=3), TypeError, r"train: expected a Batch or an iterable.*got 3"),
+    "fit, batch_size of batches": (
+        fit(train=[BATCH], batch_size=2), ValueError, r"batch_size: expected None.*got 2"
+    ),
+    "fit, state for examples": (fit(h_0=zeros(B, H)), ValueError, r"h_0: expected None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG, ids=lambda name: name.replace(" ", "-"))
+def test_a_wrong_argument_is_named(name):
+    call, exception, message = WRONG[name]
+    with pytest.raises(exception, match="^" + message):
+        call()
+
+
+@pytest.mark.parametrize("name", ["W_h not square", "xs of another I", "mask of floats"])
+def test_so_it_is_under_jit(name):
+    call, exception, message = WRONG[name]
+    with pytest.raises(exception, match="^" + message):
+        jax.jit(call)()
+
+
+def test_what_the_mask_excludes_is_not_looked_at():
+    mask = jnp.ones((T, B), bool).at[2, 1].set(False)
+    bad = Batch(NAN, LABELS.at[2, 1].set(99), mask=mask, weights=jnp.where(mask, 1.0, jnp.nan))
+    jaxrnn.check_values(PARAMS, bad)
+
+
+def test_numpy_arrays_and_other_widths_are_welcome():
+    batch = Batch(np.ones((T, B, I), np.float16), np.zeros((T, B), np.uint8))
+    jaxrnn.check_values(PARAMS, batch)
+    value, _ = jaxrnn.sequence_loss(PARAMS, batch)
+    assert value.dtype == jnp.float32
+    (value, _), grads = jaxrnn.bptt(PARAMS, batch)
+    assert grads.W_h.dtype == jnp.float32
+
+
+def test_nothing_sets_the_configuration_at_import():
+    assert not jax.config.jax_enable_x64

@@ -1,0 +1,82 @@
+"""Every experiment, run small: its files, its figures, its errors."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from experiments import char_lm
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
+TINY = ["--steps", "12", "--hidden-size", "8", "--batch-size", "2", "--window", "8"]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_char_lm_leaves_its_files_and_learns(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--steps", "150", *TINY[2:], "--learning-rate", "0.02"]
+    assert char_lm.run([*flags, "--text", str(text), "--out", str(out)]) == 0
+    names = {"config.json", "metrics.jsonl", "summary.json", "curve.png", "sample.txt"}
+    assert {path.name for path in out.iterdir()} == names
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 151))
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 150
+    assert rows[0]["train_bpc"] == pytest.approx(np.log2(len(set(TEXT))), rel=0.2)
+    assert summary["valid_bpc"] == rows[-1]["valid_bpc"] < 0.7 * rows[0]["train_bpc"]
+    assert {"train_bpc", "test_bpc", "seconds"} < summary.keys()
+    assert json.loads((out / "config.json").read_text())["learning_rate"] == 0.02
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    sample = (out / "sample.txt").read_text()
+    assert len(sample) == 601
+    assert set(sample) <= set(TEXT)
+    assert f"{summary['valid_bpc']:.3f}" in capsys.readouterr().out
+
+
+def test_char_lm_is_decided_by_its_seed(text, tmp_path):
+    rows = []
+    for name, seed in [("a", "3"), ("b", "3"), ("c", "4")]:
+        out = tmp_path / name
+        flags = [*TINY, "--seed", seed, "--text", str(text), "--out", str(out)]
+        assert char_lm.run(flags) == 0
+        rows.append((out / "metrics.jsonl").read_text())
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_char_lm_reads_cpythons_documentation_by_default():
+    text = char_lm.read_text(None)
+    assert len(text) > 400_000
+    assert "The Python" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (None, [], "{path}: expected a readable text file, got: No such file or directory"),
+        (b"", [], "{path}: expected at least 60 characters for batch_size 2 and window 8, got 0"),
+        (b"too short", [], "{path}: expected at least 60 characters .* got 9"),
+        (b"\xff\xfe" * 99, [], "{path}: expected UTF-8 text, got a bad byte at 0"),
+        (b"a" * 99, ["--batch-size", "64"], "{path}: expected at least 1300 .* got 99"),
+        (b"a" * 99, ["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (b"a" * 99, ["--hidden-size", "-1"], "--hidden-size: expected at least 1, got -1"),
+        (b"a" * 99, ["--learning-rate", "nan"], "--learning-rate: expected above 0, got nan"),
+        (b"a" * 99, ["--out", "{path}"], "{path}: expected a folder to write to: File exists"),
+    ],
+)
+def test_char_lm_names_what_it_cannot_use(content, flags, message, tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    flags = ["--out", str(tmp_path / "out"), *(flag.format(path=path) for flag in flags)]
+    assert char_lm.run([*TINY, "--text", str(path), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+
+    assert re.match(message.format(path=re.escape(str(path))), error)

@@ -1,0 +1,147 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch, Params
+from tests.reference import relative_errors
+
+
+@pytest.fixture
+def params():
+    return jaxrnn.init(jax.random.key(0), 3, 5, 2)
+
+
+@pytest.fixture
+def batch():
+    xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
+    return Batch(xs, jax.random.randint(jax.random.key(2), (7, 4), 0, 2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("compile", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_sgd_is_optax_sgd_bit_for_bit(dtype, compile):
+    params, grads = (jaxrnn.init(jax.random.key(k), 30, 40, 20, dtype=dtype) for k in (0, 1))
+    optimizer = optax.sgd(0.1)
+
+    def by_optax(params, grads):
+        updates, _ = optimizer.update(grads, optimizer.init(params))
+        return optax.apply_updates(params, updates)
+
+    ours = compile(partial(jaxrnn.sgd, learning_rate=0.1))(params, grads)
+    theirs = compile(by_optax)(params, grads)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.usefixtures("x64")
+def test_one_update_worked_out_by_hand():
+    """Two steps, 2 x 2 weights, f = g = identity, l = (y - target)^2 / 2, eta = 1; by hand:
+
+    W_x = W_y = 1, W_h = [[0, 1], [1, 0]], b = 0; x_1 = (1, 0), x_2 = (0, 1).
+    h_1 = (1, 0), h_2 = W_h h_1 + x_2 = (0, 2); the mean over two steps halves every error.
+    targets (0, 0), (0, 0): dy_1 = (1/2, 0), dy_2 = (0, 1).
+    dz_2 = dh_2 = dy_2 = (0, 1); dz_1 = dh_1 = dy_1 + W_h^T dz_2 = (3/2, 0).
+    dW_x = dz_1 x_1^T + dz_2 x_2^T = [[3/2, 0], [0, 1]]; dW_h = dz_2 h_1^T = [[0, 0], [1, 0]];
+    dW_y = dy_1 h_1^T + dy_2 h_2^T = [[1/2, 0], [0, 2]]; db_h = (3/2, 1); db_y = (1/2, 1).
+    """
+    one = jnp.eye(2)
+    params = Params(one, one[::-1], one, jnp.zeros(2), jnp.zeros(2))
+    gradient_fn = partial(jaxrnn.bptt, activation=jaxrnn.identity, loss=jaxrnn.squared_error)
+    rule = partial(jaxrnn.sgd, learning_rate=1.0)
+    update = jaxrnn.make_update(gradient_fn, rule)
+    batch = Batch(xs=one, targets=jnp.zeros((2, 2)))
+    state, metrics = update(jaxrnn.init_state(params, rule), batch)
+    expected = Params(
+        W_x=[[1 - 1.5, 0], [0, 1 - 1]],
+        W_h=[[0, 1], [1 - 1, 0]],
+        W_y=[[1 - 0.5, 0], [0, 1 - 2]],
+        b_h=[-1.5, -1],
+        b_y=[-0.5, -1],
+    )
+    for got, want in zip(state.params, expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert metrics.loss == (1 / 2 + 4 / 2) / 2
+    norm = 1.5**2 + 1 + 1 + 0.5**2 + 2**2 + 1.5**2 + 1 + 0.5**2 + 1
+    np.testing.assert_allclose(metrics.gradient_norm**2, norm)
+    assert metrics.counted == 2
+
+
+def test_both_gradients_give_the_same_training(params, batch):
+    after = []
+    for gradient_fn in (jaxrnn.bptt, jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)):
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+        update = jaxrnn.make_update(gradient_fn, optimizer)
+        state = jaxrnn.init_state(params, optimizer)
+        for _ in range(5):
+            state, _ = update(state, batch)
+        after.append(state.params)
+    for a, b in zip(*after, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_hundred_updates_are_traced_once_and_lower_the_loss(params, batch):
+    traces = []
+
+    def gradient_fn(*arguments):
+        traces.append(arguments)
+        return jaxrnn.bptt(*arguments)
+
+    optimizer = optax.adam(1e-2)
+    update = jaxrnn.make_update(gradient_fn, optimizer)
+    state = jaxrnn.init_state(params, optimizer, h=jnp.zeros((4, 5)))
+    losses = []
+    for _ in range(100):
+        state, metrics = update(state, batch)
+        losses.append(metrics.loss.item())
+    assert len(traces) == 1
+    assert state.step == 100
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_state_is_donated_and_the_callers_parameters_are_not(params, batch):
+    rule = partial(jaxrnn.sgd, learning_rate=0.1)
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    state = jaxrnn.init_state(params, rule)
+    new, _ = update(state, batch)
+    assert state.params.W_h.is_deleted()
+    assert not new.params.W_h.is_deleted()
+    assert not params.W_h.is_deleted()
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_carried_state_continues_the_stream_and_cuts_the_gradient(batch):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
+    rule = partial(jaxrnn.sgd, learning_rate=0.0)
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    state = jaxrnn.init_state(params, rule, h=jnp.zeros((4, 5)))
+    for window in jaxrnn.windows(batch, 3):
+        state, metrics = update(state, window)
+    h_T, _ = jaxrnn.hidden_states(params, batch.xs)
+    assert max(relative_errors(state.h, h_T)) <= 1e-12
+    h_6, _ = jaxrnn.hidden_states(params, batch.xs[:6])
+    last = jax.tree.map(lambda leaf: leaf[6:], batch)
+    cut = jax.grad(lambda p: jaxrnn.sequence_loss(p, last, h_6)[0])(params)
+    np.testing.assert_allclose(metrics.gradient_norm, optax.tree.norm(cut), rtol=1e-12)
+
+
+def test_without_a_state_to_carry_every_batch_starts_from_zeros(params, batch):
+    rule = partial(jaxrnn.sgd, learning_rate=0.0)
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    state, first = update(jaxrnn.init_state(params, rule), batch)
+    state, second = update(state, batch)
+    assert state.h is None
+    assert first.loss == second.loss
+
+
+def test_counted_is_the_weight_of_the_steps_that_exist(params, batch):
+    rule = partial(jaxrnn.sgd, learning_rate=0.0)
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    mask = jnp.arange(28).reshape(7, 4) < 10
+    weighted = batch._replace(mask=mask, weights=jnp.full((7, 4), 0.5))
+    _, metrics = update(jaxrnn.init_state(params, rule), weighted)
+    assert metrics.counted == 5.0
