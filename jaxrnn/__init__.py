@@ -19,6 +19,7 @@ from jaxrnn.backward import bptt
 from jaxrnn.checks import check_values
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
 from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, squared_error
+from jaxrnn.parallel import data_parallel
 from jaxrnn.params import Params, init, scaled_identity
 from jaxrnn.sequences import Batch, mask_from_lengths, windows
 from jaxrnn.training import Evaluation, Fit, evaluate, fit
@@ -39,6 +40,7 @@ __all__ = [
     "bptt",
     "check_values",
     "cross_entropy",
+    "data_parallel",
     "evaluate",
     "fit",
     "hidden_states",

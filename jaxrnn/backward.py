@@ -21,38 +21,37 @@ from jaxrnn.forward import (
     hold,
     initial_state,
     input_product,
+    loop,
     mean_weights,
     previous,
     readout,
     recur,
     sum_dtype,
     unless_reset,
+    vary_as,
     where_exists,
 )
 from jaxrnn.losses import Loss, cross_entropy
 from jaxrnn.params import Params
 from jaxrnn.sequences import Batch
 
-BLOCK = 32
-"""Steps in a block where `checkpoint_every` does not say: its products stay in cache."""
-
 
 def outer_sum(d: Array, x: Array, dtype) -> Array:
     """sum_t d_t x_t^T over all steps and batch axes: (..., J), (..., I) -> (J, I)."""
-    d, x = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1])
-    return jnp.matmul(d.T, x, preferred_element_type=dtype)
+    steps = tuple(range(d.ndim - 1))
+    return lax.dot_general(d, x, ((steps, steps), ((), ())), preferred_element_type=dtype)
 
 
 def input_outer_sum(d: Array, xs: Array, input_size: int, dtype) -> Array:
     """sum_t d_t x_t^T; where x is a token, d_t is added to that token's column."""
     if checks.is_integer(xs):
-        xs = jax.nn.one_hot(xs, input_size, dtype=d.dtype)
+        return jnp.zeros((input_size, d.shape[-1]), dtype).at[xs].add(d.astype(dtype)).T
     return outer_sum(d, xs.astype(d.dtype), dtype)
 
 
 def bias_sum(d: Array, dtype) -> Array:
     """sum_t d_t over all steps and batch axes."""
-    return d.reshape(-1, d.shape[-1]).sum(axis=0, dtype=dtype)
+    return d.sum(axis=tuple(range(d.ndim - 1)), dtype=dtype)
 
 
 def reverse_scan(W_h, dh, dhs, f_primes, mask, reset) -> tuple[Array, Array]:
@@ -75,7 +74,7 @@ def reverse_scan(W_h, dh, dhs, f_primes, mask, reset) -> tuple[Array, Array]:
         dz = where_exists(exists, f_prime * (dh_y + dh))
         return hold(exists, unless_reset(cut, dz @ W_h), dh), dz
 
-    return lax.scan(body, dh, (dhs, f_primes, mask, reset), reverse=True)
+    return lax.scan(body, dh, (dhs, f_primes, mask, reset), reverse=True, unroll=loop().unroll)
 
 
 class _Block(NamedTuple):
@@ -175,9 +174,9 @@ def bptt(
         return (dh, value, jax.tree.map(jnp.add, grads, block_grads)), None
 
     T = batch.xs.shape[0]
-    blocks, rest = _in_blocks(steps, min(checkpoint_every or BLOCK, max(T, 1)))
+    blocks, rest = _in_blocks(steps, min(checkpoint_every or loop().block, max(T, 1)))
     no_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    carry = jnp.zeros_like(h_0), jnp.zeros((), dtype), no_grads
+    carry = vary_as((jnp.zeros_like(h_0), jnp.zeros((), dtype), no_grads), h_0)
 
     h_T, kept = lax.scan(forward, h_0, blocks)
     if rest.xs.shape[0]:

@@ -5,6 +5,8 @@ that is not sequential taken out of the loop over time, in the forward pass and 
 derives from it.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -14,6 +16,23 @@ from jaxrnn.activations import Activation, tanh
 from jaxrnn.losses import Loss, cross_entropy
 from jaxrnn.params import Params, at_least_float32
 from jaxrnn.sequences import Batch
+
+
+class Loop(NamedTuple):
+    """How the loops over time are cut, by backend, as measured (README).
+
+    Attributes:
+      unroll: steps written out in a loop's body; a GPU idles between two turns of a loop.
+      block: steps whose products `bptt` takes together: few enough to stay in a CPU's cache, enough
+        to fill a GPU.
+    """
+
+    unroll: int
+    block: int
+
+
+def loop() -> Loop:
+    return Loop(8, 128) if jax.default_backend() == "gpu" else Loop(1, 32)
 
 
 def step(
@@ -89,7 +108,18 @@ def previous(hs: Array, h_0: Array, reset: Array | None) -> Array:
 def initial_state(params: Params, xs: Array, h_0: Array | None) -> Array:
     """h_0 in the parameters' dtype; zeros where none is given."""
     shape = (*checks.steps_shape(xs)[1:], params.W_h.shape[0])
-    return jnp.zeros(shape, params.W_h.dtype) if h_0 is None else h_0.astype(params.W_h.dtype)
+    h_0 = jnp.zeros(shape, params.W_h.dtype) if h_0 is None else h_0.astype(params.W_h.dtype)
+    return vary_as(vary_as(h_0, xs), params.W_h)
+
+
+def vary_as(tree, like: Array):
+    """The tree as it is; inside `shard_map`, marked as varying over the mesh axes of `like`.
+
+    A scan's carry must vary from the start as it will after the first step. The result of a `where`
+    varies as its arguments do, in every version of JAX; compiled, nothing of it is left.
+    """
+    unread = lax.stop_gradient(like).sum()
+    return jax.tree.map(lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree)
 
 
 def recur(activation, W_h, zs, h_0, mask, reset) -> Array:
@@ -103,7 +133,7 @@ def recur(activation, W_h, zs, h_0, mask, reset) -> Array:
         h = hold(exists, activation.f(z + unless_reset(cut, h) @ W_h.T), h)
         return h, h
 
-    return lax.scan(body, h_0, (zs, mask, reset))[1]
+    return lax.scan(body, h_0, (zs, mask, reset), unroll=loop().unroll)[1]
 
 
 _recur = jax.custom_jvp(recur, nondiff_argnums=(0,))
@@ -127,7 +157,7 @@ def _recur_jvp(activation, primals, tangents):
         dh = hold(exists, f_prime * (dz + unless_reset(cut, dh) @ W_h.T), dh)
         return dh, dh
 
-    return hs, lax.scan(body, dh_0, (dzs, activation.df(hs), mask, reset))[1]
+    return hs, lax.scan(body, dh_0, (dzs, activation.df(hs), mask, reset), unroll=loop().unroll)[1]
 
 
 def hidden_states(

@@ -3,7 +3,11 @@
 import os
 
 # Tests compile a thousand small programs and run each once: spend no time on making them fast.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Eight devices to split a batch over.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
+)
 
 import hypothesis
 import jax

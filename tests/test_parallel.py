@@ -1,0 +1,145 @@
+"""The batch split over devices and processes: the same values, and how they compile."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxrnn
+from jaxrnn import Batch
+from tests.reference import plain_loss, random_case, relative_errors
+
+AGREEMENT = 1e-12
+ROOT = Path(__file__).parent.parent
+by_autodiff = jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)
+
+
+def unequal_case():
+    """Eight sequences of 70 steps; the first devices count few steps, one of them none at all."""
+    case = random_case(
+        1, T=70, batch_shape=(8,), sizes=(3, 5, 4), activation="tanh", loss="cross_entropy",
+        labels=True, mask=True, reset=True, weights=True, h_0=True, tokens=False,
+    )  # fmt: skip
+    mask = jaxrnn.mask_from_lengths(jnp.array([0, 0, 1, 5, 70, 33, 2, 70]), 70)
+    return case._replace(batch=case.batch._replace(mask=mask))
+
+
+@pytest.fixture
+def mesh():
+    if len(jax.devices()) < 8:
+        pytest.fail("tests/conftest.py asks for 8 CPU devices")
+    return Mesh(jax.devices()[:8], ("batch",))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("given_h_0", [True, False])
+@pytest.mark.parametrize(
+    "gradient_fn",
+    [jaxrnn.bptt, partial(jaxrnn.bptt, checkpoint_every=9), by_autodiff],
+    ids=["bptt", "recomputed", "autodiff"],
+)
+def test_eight_devices_give_the_value_and_gradient_of_one(gradient_fn, given_h_0, mesh):
+    params, batch, h_0 = unequal_case().arguments
+    h_0 = h_0 if given_h_0 else None
+    parallel = jax.jit(jaxrnn.data_parallel(gradient_fn, mesh))
+    expected = jax.jit(by_autodiff)(params, batch, h_0)
+    assert max(relative_errors(parallel(params, batch, h_0), expected)) <= AGREEMENT
+
+
+@pytest.mark.usefixtures("x64")
+def test_two_processes_give_the_value_and_gradient_of_one():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed_worker", str(number), "2", port],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    for number, (worker, output) in enumerate(zip(workers, outputs, strict=True)):
+        assert worker.returncode == 0, output
+        assert f"process {number} of 2: 4 devices agree" in output
+
+
+def reductions(text: str) -> list[str]:
+    """Collective operations of a compiled module, each with the computation it stands in."""
+    found, computation = [], ""
+    for line in text.splitlines():
+        if line.endswith("{") and "(" in line:
+            computation = line.split()[0]
+        collective = r"= \(?\S.* (all-reduce|all-gather|all-to-all|collective-permute)(-start)?\("
+        if re.search(collective, line):
+            found.append((computation, re.search(collective, line)[1]))
+    return found
+
+
+def test_data_parallel_reduces_once_and_outside_every_loop(mesh):
+    params, batch, h_0 = jax.tree.map(lambda leaf: leaf, unequal_case().arguments)
+    for gradient_fn in (jaxrnn.bptt, by_autodiff):
+        parallel = jax.jit(jaxrnn.data_parallel(gradient_fn, mesh))
+        text = parallel.lower(params, batch, h_0).compile().as_text()
+        assert text.count(" while(") >= 2
+        assert reductions(text) == [("ENTRY", "all-reduce")]
+
+
+def test_a_sharded_batch_under_plain_jit_reduces_once_and_outside_every_loop(mesh):
+    """And what the test would find: the plain scan reduces inside its loop."""
+    case = unequal_case()
+    batch = Batch(
+        *(jax.device_put(x, NamedSharding(mesh, P(None, "batch"))) for x in case.batch[:2])
+    )
+    text = jax.jit(by_autodiff).lower(case.params, batch).compile().as_text()
+    assert reductions(text) == [("ENTRY", "all-reduce")]
+    plain = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
+    text = plain.lower(case.params, batch).compile().as_text()
+    assert any(computation != "ENTRY" for computation, _ in reductions(text))
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_loss_inside_somebody_elses_shard_map(mesh):
+    params, batch, _ = unequal_case().arguments
+    batch = batch._replace(mask=None, weights=None)
+
+    def mean(params, batch):
+        return jax.lax.pmean(jaxrnn.sequence_loss(params, batch)[0], "batch")
+
+    split = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P(None, "batch")), out_specs=P())
+    got = jax.jit(jax.value_and_grad(split))(params, batch)
+    expected = jax.jit(jax.value_and_grad(lambda p, b: jaxrnn.sequence_loss(p, b)[0]))(
+        params, batch
+    )
+    assert max(relative_errors(got, expected)) <= AGREEMENT
+
+
+@pytest.mark.parametrize("batch_shape", [(), (7,)])
+def test_a_batch_that_does_not_divide_is_named(batch_shape, mesh):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    batch = Batch(jnp.ones((4, *batch_shape, 3)), jnp.zeros((4, *batch_shape), int))
+    with pytest.raises(ValueError, match=r"^batch: .* first batch axis that divides by 8"):
+        jaxrnn.data_parallel(jaxrnn.bptt, mesh)(params, batch)
+
+
+def test_an_update_keeps_everything_on_the_devices(mesh):
+    rule = partial(jaxrnn.sgd, learning_rate=0.1)
+    update = jaxrnn.make_update(jaxrnn.data_parallel(jaxrnn.bptt, mesh), rule)
+    state = jaxrnn.init_state(jaxrnn.init(jax.random.key(0), 3, 5, 2), rule, h=jnp.zeros((8, 5)))
+    batch = Batch(jnp.ones((4, 8, 3)), jnp.zeros((4, 8), int))
+    for _ in range(3):
+        state, metrics = update(state, batch)
+    assert len(state.h.sharding.device_set) == 8
+    assert state.params.W_h.is_fully_replicated
+    assert np.isfinite(metrics.loss)
