@@ -27,7 +27,7 @@ from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
-from jaxrnn import Batch, Params
+from jaxrnn import Batch, Params, forward
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -170,7 +170,8 @@ def floor(params: Params, batch: Batch, hs, ys, xs) -> tuple:
     every = ((0, 1), (0, 1)), ((), ())
 
     def chain(W):
-        return lax.scan(lambda h, _: (h @ W, None), hs[0], length=hs.shape[0])[0]
+        unroll = forward.loop().unroll
+        return lax.scan(lambda h, _: (h @ W, None), hs[0], length=hs.shape[0], unroll=unroll)[0]
 
     outer = [lax.dot_general(ys[last], hs[last], every), lax.dot_general(hs, hs, every)]
     inner = [hs[last] @ params.W_y.T, ys[last] @ params.W_y]
