@@ -9,8 +9,6 @@ Two halves: a reverse scan for dz, then one contraction per weight. Both go bloc
 so that nothing but the hidden states is ever T steps long, and these can be recomputed.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -22,10 +20,10 @@ from jaxrnn.forward import (
     initial_state,
     input_product,
     loop,
-    mean_weights,
     previous,
     readout,
     recur,
+    step_weights,
     sum_dtype,
     unless_reset,
     vary_as,
@@ -77,23 +75,46 @@ def reverse_scan(W_h, dh, dhs, f_primes, mask, reset) -> tuple[Array, Array]:
     return lax.scan(body, dh, (dhs, f_primes, mask, reset), reverse=True, unroll=loop().unroll)
 
 
-class _Block(NamedTuple):
-    """Some consecutive steps of a batch, with their share of the mean instead of weights."""
-
-    xs: Array
-    targets: Array
-    weights: Array
-    mask: Array | None
-    reset: Array | None
+def block_states(params: Params, block: Batch, h: Array, activation: Activation) -> Array:
+    """The forward pass over a block that starts in state h: the state after each step."""
+    zs = input_product(params, where_exists(block.mask, block.xs))
+    return recur(activation, params.W_h, zs, h, block.mask, block.reset)
 
 
-def _in_blocks(steps: _Block, length: int) -> tuple[_Block, _Block]:
-    """All whole blocks, stacked (T // length, length, ...), and the T % length steps left over."""
-    whole = steps.xs.shape[0] // length
-    stack = jax.tree.map(
-        lambda leaf: leaf[: whole * length].reshape(whole, length, *leaf.shape[1:]), steps
+def block_gradient(params, block, h, hs, dh, activation, loss) -> tuple[Array, tuple]:
+    """The backward pass over a block: the algorithm, but for the division by the steps counted.
+
+    Args:
+      params: Params.
+      block: Batch, the block's steps.
+      h: the state before the block, (*batch, H).
+      hs: the state after each of its steps, (K, *batch, H).
+      dh: W_h^T dz of the step after the block, (*batch, H).
+      activation: f.
+      loss: g and its loss.
+
+    Returns:
+      W_h^T dz of the block's first step, and the sums over the block of the weighted loss and of
+      the gradient's terms.
+    """
+    dtype = sum_dtype(params)
+    xs, targets = (where_exists(block.mask, leaf) for leaf in (block.xs, block.targets))
+    weights = step_weights(block, dtype)
+    ys = readout(params, hs).astype(dtype)
+    value = (weights * loss.value(ys, targets)).sum()
+    dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
+
+    dhs, f_primes = dys @ params.W_y, activation.df(hs)
+    dh, dzs = reverse_scan(params.W_h, dh, dhs, f_primes, block.mask, block.reset)
+
+    grads = Params(
+        W_x=input_outer_sum(dzs, xs, params.W_x.shape[1], dtype),
+        W_h=outer_sum(dzs, previous(hs, h, block.reset), dtype),
+        W_y=outer_sum(dys, hs, dtype),
+        b_h=bias_sum(dzs, dtype),
+        b_y=bias_sum(dys, dtype),
     )
-    return stack, jax.tree.map(lambda leaf: leaf[whole * length :], steps)
+    return dh, (value, grads)
 
 
 def bptt(
@@ -135,53 +156,41 @@ def bptt(
     """
     checks.check_batch(params, batch, h_0, activation, loss)
     checks.check_checkpoint_every(checkpoint_every)
-    dtype = sum_dtype(params)
     h_0 = initial_state(params, batch.xs, h_0)
-    steps = _Block(
-        where_exists(batch.mask, batch.xs),
-        where_exists(batch.mask, batch.targets),
-        mean_weights(batch, dtype),
-        batch.mask,
-        batch.reset,
-    )
+    dtype = sum_dtype(params)
+    T = batch.xs.shape[0]
+    if T == 0:
+        return (jnp.zeros((), dtype), h_0), jax.tree.map(jnp.zeros_like, params)
+    K = min(checkpoint_every or loop().block, T)
 
-    def states(h, block):
-        zs = input_product(params, block.xs)
-        return recur(activation, params.W_h, zs, h, block.mask, block.reset)
+    def steps(k):
+        return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, k * K, K), batch)
 
     def forward(h, block):
-        hs = states(h, block)
+        hs = block_states(params, block, h, activation)
         return hs[-1], (h, hs if checkpoint_every is None else None)
 
-    def backward(carry, block_and_kept):
-        dh, value, grads = carry
-        block, (h, hs) = block_and_kept
-        hs = states(h, block) if hs is None else hs
-        ys = readout(params, hs).astype(dtype)
-        value += (block.weights * loss.value(ys, block.targets)).sum()
-        dys = (block.weights[..., None] * loss.error(ys, block.targets)).astype(hs.dtype)
+    def backward(carry, block, kept):
+        dh, sums = carry
+        h, hs = kept
+        hs = block_states(params, block, h, activation) if hs is None else hs
+        dh, block_sums = block_gradient(params, block, h, hs, dh, activation, loss)
+        return dh, jax.tree.map(jnp.add, sums, block_sums)
 
-        dh, dzs = reverse_scan(
-            params.W_h, dh, dys @ params.W_y, activation.df(hs), block.mask, block.reset
-        )
-        block_grads = Params(
-            W_x=input_outer_sum(dzs, block.xs, params.W_x.shape[1], dtype),
-            W_h=outer_sum(dzs, previous(hs, h, block.reset), dtype),
-            W_y=outer_sum(dys, hs, dtype),
-            b_h=bias_sum(dzs, dtype),
-            b_y=bias_sum(dys, dtype),
-        )
-        return (dh, value, jax.tree.map(jnp.add, grads, block_grads)), None
+    nothing = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
+    carry = vary_as((jnp.zeros_like(h_0), nothing), h_0)
+    blocks, rest = jnp.arange(T // K), jax.tree.map(lambda leaf: leaf[T // K * K :], batch)
 
-    T = batch.xs.shape[0]
-    blocks, rest = _in_blocks(steps, min(checkpoint_every or loop().block, max(T, 1)))
-    no_grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    carry = vary_as((jnp.zeros_like(h_0), jnp.zeros((), dtype), no_grads), h_0)
-
-    h_T, kept = lax.scan(forward, h_0, blocks)
-    if rest.xs.shape[0]:
+    h_T, kept = lax.scan(lambda h, k: forward(h, steps(k)), h_0, blocks)
+    if T % K:
         h_T, kept_rest = forward(h_T, rest)
-        carry, _ = backward(carry, (rest, kept_rest))
-    (_, value, grads), _ = lax.scan(backward, carry, (blocks, kept), reverse=True)
-
+        carry = backward(carry, rest, kept_rest)
+    (_, sums), _ = lax.scan(
+        lambda carry, now: (backward(carry, steps(now[0]), now[1]), None),
+        carry,
+        (blocks, kept),
+        reverse=True,
+    )
+    total = step_weights(batch, dtype).sum()
+    value, grads = jax.tree.map(lambda sum: sum / jnp.where(total == 0, 1, total), sums)
     return (value, h_T), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)
