@@ -1,0 +1,50 @@
+"""Mixed precision: float32 parameters, bfloat16 compute. It is a cast at the call.
+
+Everything computes in the dtype of the parameters that it is given; sums over time and the loss
+stay float32. The derivative of a cast is the cast back, so gradients are float32 again, and so are
+the optimiser's state and its updates.
+Run: python -m experiments.recipes.mixed_precision
+"""
+
+import jax
+import jax.numpy as jnp
+
+import jaxrnn
+from jaxrnn import Batch
+
+
+def cast(params, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def loss_in(dtype, params, batch, h_0=None):
+    """`sequence_loss` computed in dtype."""
+    return jaxrnn.sequence_loss(cast(params, dtype), batch, h_0)
+
+
+def bptt_in(dtype, params, batch, h_0=None):
+    """`bptt` computed in dtype, gradients in that of the parameters: for `make_update`."""
+    result, grads = jaxrnn.bptt(cast(params, dtype), batch, h_0)
+    return result, cast(grads, params.W_h.dtype)
+
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", True)
+    key_init, key_xs, key_targets = jax.random.split(jax.random.key(0), 3)
+    params = jaxrnn.init(key_init, 32, 128, 32)
+    batch = Batch(
+        jax.random.normal(key_xs, (128, 32, 32), jnp.float32),
+        jax.random.randint(key_targets, (128, 32), 0, 32),
+    )
+    (exact, _), exact_grads = jax.jit(jaxrnn.bptt)(cast(params, jnp.float64), batch)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        (value, _), grads = jax.jit(bptt_in, static_argnums=0)(dtype, params, batch)
+        errors = jax.tree.map(
+            lambda d, e: jnp.linalg.norm(d - e) / jnp.linalg.norm(e), grads, exact_grads
+        )
+        print(jnp.dtype(dtype).name, f"value {abs(value - exact) / exact:.1e}",
+              *(f"d{name} {error:.1e}" for name, error in errors._asdict().items()))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
