@@ -27,14 +27,16 @@ def _check_names(name: str, weights: Weights, expected: set[str]) -> None:
 
 
 def _params(**weights) -> Params:
-    arrays = Params(**{name: np.asarray(leaf) for name, leaf in weights.items()})
-    checks.check_params(arrays)
-    if arrays.W_h.dtype == np.float64 and not jax.config.jax_enable_x64:
-        raise TypeError(
-            "params: expected float32 or shorter, as jax_enable_x64 is off, got float64: turn it "
-            "on, or convert the weights before"
-        )
-    return Params(*(jnp.asarray(leaf) for leaf in arrays))
+    arrays = {name: np.asarray(leaf) for name, leaf in weights.items()}
+    for name, leaf in arrays.items():
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+            raise TypeError(
+                f"{name}: expected a dtype that JAX keeps, got {leaf.dtype}: turn jax_enable_x64 "
+                "on, or convert it before"
+            )
+    params = Params(**{name: jnp.asarray(leaf) for name, leaf in arrays.items()})
+    checks.check_params(params)
+    return params
 
 
 def from_torch(rnn: Weights, linear: Weights) -> Params:
@@ -75,7 +77,7 @@ def to_torch(params: Params) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
 
     `rnn.load_state_dict({name: torch.from_numpy(leaf) for name, leaf in ...})` loads one.
 
-    >>> import jaxrnn
+    >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> rnn, linear = to_torch(params)
     >>> rnn["weight_ih_l0"].shape, linear["weight"].shape
@@ -128,7 +130,7 @@ def from_flax(cell: Mapping[str, Weights], dense: Weights) -> Params:
 def to_flax(params: Params) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """The two dictionaries that `from_flax` takes.
 
-    >>> import jaxrnn
+    >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> cell, dense = to_flax(params)
     >>> cell["i"]["kernel"].shape, dense["kernel"].shape

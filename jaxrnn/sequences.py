@@ -130,8 +130,8 @@ def pad(sequences: Sequence[Batch]) -> Batch:
     """
     _check_alike(sequences)
     lengths = [sequence.xs.shape[0] for sequence in sequences]
-    sequences = [
-        sequence._replace(mask=np.ones(length, bool)) if sequence.mask is None else sequence
+    masks = [
+        np.ones(length, bool) if sequence.mask is None else sequence.mask
         for sequence, length in zip(sequences, lengths, strict=True)
     ]
 
@@ -141,7 +141,8 @@ def pad(sequences: Sequence[Batch]) -> Batch:
             padded[: len(leaf), n] = leaf
         return padded
 
-    return jax.tree.map(side_by_side, *sequences)
+    padded = jax.tree.map(side_by_side, *(s._replace(mask=None) for s in sequences))
+    return padded._replace(mask=side_by_side(*masks))
 
 
 def unpad(padded, lengths: Sequence[int]) -> list:
@@ -190,10 +191,9 @@ def buckets(lengths: Sequence[int], *, padding: float = 0.1) -> list[np.ndarray]
     """
     if not 0 <= padding < 1:
         raise ValueError(f"padding: expected a share in [0, 1), got {padding}")
-    lengths = np.asarray(lengths, int)
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-np.asarray(lengths, int), kind="stable")
     found, start, total = [], 0, 0
-    for stop, length in enumerate(lengths[order]):
+    for stop, length in enumerate(lengths[n] for n in order):
         steps = (stop + 1 - start) * lengths[order[start]]
         # Whole numbers on the left: a bucket without padding passes a share of 0.
         if steps - total - length > padding * steps:

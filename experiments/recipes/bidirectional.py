@@ -26,7 +26,8 @@ def unroll_bidirectional(layers, xs, mask):
     """
     for forth, back in layers[:-1]:
         xs = jnp.concatenate(both_ways(jaxrnn.hidden_states, forth, back, xs, mask), axis=-1)
-    return sum(both_ways(jaxrnn.unroll, *layers[-1], xs, mask))
+    forth, back = layers[-1]
+    return sum(both_ways(jaxrnn.unroll, forth, back, xs, mask))
 
 
 def main() -> None:

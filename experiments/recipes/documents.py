@@ -32,8 +32,8 @@ def side_by_side(stream: Batch, N: int) -> Batch:
 def main() -> None:
     # Each document counts up to 9 from some number; the last step's target is where it began.
     rng = np.random.default_rng(0)
-    runs = [np.arange(start, 10) for start in rng.integers(0, 9, 400)]
-    stream = side_by_side(join([Batch(run, np.roll(run, -1)) for run in runs]), 8)
+    runs = [jnp.arange(start, 10) for start in rng.integers(0, 9, 400)]
+    stream = side_by_side(join([Batch(run, jnp.roll(run, -1)) for run in runs]), 8)
     params = jaxrnn.init(jax.random.key(0), input_size=10, hidden_size=32, output_size=10)
     result = jaxrnn.fit(
         jax.random.key(1),

@@ -24,7 +24,13 @@ class Recurrent(eqx.Module):
 def main() -> None:
     model = Recurrent(3, 5, 2, key=jax.random.key(0))
     xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
-    print(eqx.filter_jit(eqx.filter_grad(lambda model: (model(xs) ** 2).mean()))(model))
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(model):
+        return (model(xs) ** 2).mean()
+
+    print(gradient(model))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ class Recurrent(nnx.Module):
 
     def __init__(self, input_size, hidden_size, output_size, *, rngs: nnx.Rngs):
         params = jaxrnn.init(rngs.params(), input_size, hidden_size, output_size)
-        self.params = nnx.data(jaxrnn.Params(*(nnx.Param(leaf) for leaf in params)))
+        self.params = nnx.data(jax.tree.map(nnx.Param, params))
 
     def __call__(self, xs, h_0=None, *, mask=None, reset=None):
         params = jaxrnn.Params(*(leaf[...] for leaf in self.params))

@@ -1,6 +1,6 @@
 """Any optax optimiser: clipping, weight decay on the matrices alone, many batches for one update.
 
-Parameters are a NamedTuple, so a mask over them is one too, and so is a label for each.
+Parameters are a NamedTuple, so a mask over them is one too.
 Run: python -m experiments.recipes.optimizers
 """
 
@@ -9,14 +9,18 @@ import jax.numpy as jnp
 import optax
 
 import jaxrnn
-from jaxrnn import Batch, Params
+from jaxrnn import Batch
 
-MATRICES = Params(W_x=True, W_h=True, W_y=True, b_h=False, b_y=False)
+
+def among(*names):
+    """A mask over Params: True for these."""
+    return lambda params: type(params)(*(name in names for name in params._fields))
+
 
 clipped_adam = optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.scale_by_adam(),
-    optax.masked(optax.add_decayed_weights(1e-4), MATRICES),
+    optax.masked(optax.add_decayed_weights(1e-4), among("W_x", "W_h", "W_y")),
     optax.scale_by_learning_rate(1e-2),
 )
 
@@ -24,9 +28,8 @@ clipped_adam = optax.chain(
 four_batches = optax.MultiSteps(clipped_adam, every_k_schedule=4).gradient_transformation()
 
 # An echo state network: only the readout learns.
-readout_alone = optax.partition(
-    {"learns": optax.adam(1e-2), "stays": optax.set_to_zero()},
-    Params(W_x="stays", W_h="stays", W_y="learns", b_h="stays", b_y="learns"),
+readout_alone = optax.chain(
+    optax.adam(1e-2), optax.masked(optax.set_to_zero(), among("W_x", "W_h", "b_h"))
 )
 
 
