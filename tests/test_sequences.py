@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxrnn
 from jaxrnn import Batch
-from tests.reference import relative_errors
+from tests.reference import pieces_apart, relative_errors
 
 
 @given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5))
@@ -55,22 +55,6 @@ def test_windows_with_the_state_carried_have_the_loss_of_the_whole():
     np.testing.assert_allclose(h, h_T, rtol=1e-13)
 
 
-def pieces_apart(params, batch, h_0):
-    """Loss and last states, each sequence alone, each piece between resets alone, only the steps
-    that exist, one `step` after the other; mask and reset are NumPy arrays."""
-    batch_shape = batch.mask.shape[1:]
-    total, h_Ts = 0.0, []
-    for b in np.ndindex(*batch_shape):
-        h = h_0[b]
-        for t in np.flatnonzero(batch.mask[(slice(None), *b)]):
-            at = (t, *b)
-            h = jnp.zeros_like(h) if batch.reset[at] else h
-            h, y = jaxrnn.step(params, h, batch.xs[at])
-            total += jaxrnn.cross_entropy.value(y, batch.targets[at])
-        h_Ts.append(h)
-    return total / max(batch.mask.sum(), 1), jnp.stack(h_Ts).reshape(*batch_shape, -1)
-
-
 RESETS = {
     "none": [],
     "at step 0": [0],
@@ -81,10 +65,10 @@ RESETS = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("batch_shape", [(), (6,), (2, 3)], ids=str)
+@pytest.mark.parametrize("batch_shape", [(), (2, 4)], ids=str)
 @pytest.mark.parametrize("resets", RESETS)
-@pytest.mark.parametrize("masks", ["lengths 0 to T", "holes"])
-def test_any_batch_is_its_pieces_apart_gradient_included(batch_shape, resets, masks):
+def test_any_batch_is_its_pieces_apart_gradient_included(batch_shape, resets):
+    """Eight sequences in two batch axes: lengths 0 to T, and two masks with holes; or one alone."""
     T, rng = 5, np.random.default_rng(0)
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2, dtype=jnp.float64)
     shape = (T, *batch_shape)
@@ -92,10 +76,11 @@ def test_any_batch_is_its_pieces_apart_gradient_included(batch_shape, resets, ma
     if RESETS[resets] is not None:
         reset = np.zeros(shape, bool)
         reset[list(RESETS[resets])] = True
-    mask = rng.uniform(size=shape) < 0.7
-    if masks != "holes":
-        lengths = rng.permutation(6).reshape(batch_shape) if batch_shape else np.array(3)
-        mask = np.asarray(jaxrnn.mask_from_lengths(lengths, T))
+    mask = np.ones(shape, bool)
+    if batch_shape:
+        lengths = np.array([0, 1, 2, 3, 4, 5, 5, 5]).reshape(batch_shape)
+        mask = np.array(jaxrnn.mask_from_lengths(lengths, T))
+        mask[[0, 1, 3, 4], 1, [2, 2, 3, 3]] = False
     h_0 = rng.normal(size=(*batch_shape, 3))
     batch = Batch(rng.normal(size=(*shape, 2)), rng.integers(0, 2, shape), mask, reset)
 

@@ -8,9 +8,10 @@ Run: python -m experiments.recipes.mixed_precision
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxrnn
-from jaxrnn import Batch
+from jaxrnn import Batch, Params
 
 
 def cast(params, dtype):
@@ -29,21 +30,20 @@ def bptt_in(dtype, params, batch, h_0=None):
 
 
 def main() -> None:
-    jax.config.update("jax_enable_x64", True)
     key_init, key_xs, key_targets = jax.random.split(jax.random.key(0), 3)
     params = jaxrnn.init(key_init, 32, 128, 32)
-    batch = Batch(
-        jax.random.normal(key_xs, (128, 32, 32), jnp.float32),
-        jax.random.randint(key_targets, (128, 32), 0, 32),
-    )
-    (exact, _), exact_grads = jax.jit(jaxrnn.bptt)(cast(params, jnp.float64), batch)
+    xs = jax.random.normal(key_xs, (128, 32, 32), jnp.float32)
+    batch = Batch(xs, jax.random.randint(key_targets, (128, 32), 0, 32))
+    gradient = jax.jit(bptt_in, static_argnums=0)
+    with jax.enable_x64(True):
+        (exact, _), exact_grads = jax.jit(jaxrnn.bptt)(cast(params, jnp.float64), batch)
     for dtype in (jnp.bfloat16, jnp.float32):
-        (value, _), grads = jax.jit(bptt_in, static_argnums=0)(dtype, params, batch)
-        errors = jax.tree.map(
-            lambda d, e: jnp.linalg.norm(d - e) / jnp.linalg.norm(e), grads, exact_grads
-        )
-        print(jnp.dtype(dtype).name, f"value {abs(value - exact) / exact:.1e}",
-              *(f"d{name} {error:.1e}" for name, error in errors._asdict().items()))  # fmt: skip
+        (value, _), grads = gradient(dtype, params, batch)
+        errors = [f"value {abs(float(value) / float(exact) - 1):.1e}"]
+        for name, leaf, exact_leaf in zip(Params._fields, grads, exact_grads, strict=True):
+            error = np.linalg.norm(leaf - exact_leaf) / np.linalg.norm(exact_leaf)
+            errors.append(f"d{name} {error:.1e}")
+        print(jnp.dtype(dtype).name, *errors)
 
 
 if __name__ == "__main__":
