@@ -29,7 +29,7 @@ from experiments.recipes import (
     stack,
     sweep,
 )
-from jaxrnn import Batch
+from jaxrnn import Batch, Params
 from tests.reference import pieces_apart, plain_loss, relative_errors
 
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
@@ -53,7 +53,8 @@ def draw(seed, *shape):
 
 
 def network(seed, I, H, O=2):
-    return jaxrnn.init(jax.random.key(seed), I, H, O, dtype=jnp.float64)
+    shapes = Params(W_x=(H, I), W_h=(H, H), W_y=(O, H), b_h=(H,), b_y=(O,))
+    return Params(*(jnp.asarray(draw([seed, n], *shape)) for n, shape in enumerate(shapes)))
 
 
 def looped(params, xs, *, keep=1.0):
@@ -73,15 +74,16 @@ def test_stack_is_one_layer_after_the_other():
     layers = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), layers)
     xs, lengths = draw(0, 6, 3, 3), [6, 0, 4]
     mask = jaxrnn.mask_from_lengths(np.array(lengths), 6)
-    h_Ts, ys = jax.jit(stack.unroll_stack)(layers, xs, [None] * 3, mask=mask)
+    h_0s = [np.zeros((3, H)) for H in (4, 5, 2)]
+    h_Ts, ys = jax.jit(stack.unroll_stack)(layers, xs, h_0s, mask=mask)
     for n, length in enumerate(lengths):
         inputs = xs[:length, n]
         for h_T, layer in zip(h_Ts, layers, strict=True):
             inputs, expected = looped(layer, inputs)
             np.testing.assert_allclose(h_T[n], inputs[-1] if length else 0, atol=1e-14)
         np.testing.assert_allclose(ys[:length, n], expected, atol=1e-14)
-    first, _ = jax.jit(stack.unroll_stack)(layers, xs[:2], [None] * 3, mask=mask[:2])
-    again, _ = jax.jit(stack.unroll_stack)(layers, xs[2:], first, mask=mask[2:])
+    first, _ = jax.jit(stack.unroll_stack)(layers, xs[:3], h_0s, mask=mask[:3])
+    again, _ = jax.jit(stack.unroll_stack)(layers, xs[3:], first, mask=mask[3:])
     assert max(relative_errors(again, h_Ts)) <= AGREEMENT
 
 
@@ -91,17 +93,19 @@ def test_dropout_multiplies_what_goes_into_a_layer():
     xs, T, B = draw(0, 6, 2, 3), 6, 2
     fixed = dropout.draw(jax.random.key(0), 0.5, (B, 3), jnp.float64)
     each = dropout.draw(jax.random.key(1), 0.5, (T, B, 4), jnp.float64)
-    _, ys = dropout.unroll_with_dropout(layers, xs, [fixed, each])
-    hs, recurrent = dropout.unroll_with_recurrent_dropout(layers[0], xs, jnp.zeros((B, 4)), each[0])
+    _, ys = jax.jit(dropout.unroll_with_dropout)(layers, xs, [fixed, each])
+    h_T, recurrent = jax.jit(dropout.unroll_with_recurrent_dropout)(
+        layers[0], xs, jnp.zeros((B, 4)), each[0]
+    )
     for n in range(B):
         states, _ = looped(layers[0], xs[:, n] * fixed[n])
         np.testing.assert_allclose(ys[:, n], looped(layers[1], states * each[:, n])[1], atol=1e-14)
-        _, expected = looped(layers[0], xs[:, n], keep=np.asarray(each[0, n]))
+        hs, expected = looped(layers[0], xs[:, n], keep=np.asarray(each[0, n]))
         np.testing.assert_allclose(recurrent[:, n], expected, atol=1e-14)
+        np.testing.assert_allclose(h_T[n], hs[-1], atol=1e-14)
     drop = dropout.draw(jax.random.key(2), 0.25, (10_000,))
     assert set(np.unique(drop)) == {np.float32(0), np.float32(1 / 0.75)}
     assert float(drop.mean()) == pytest.approx(1, abs=0.03)
-    assert hs.shape == (B, 4)
 
 
 def data(T=6, B=4, I=2, seed=0):
@@ -158,27 +162,27 @@ def test_a_sweep_is_each_learning_rate_alone():
     params, batch = network(0, 2, 4), data()
     rates = jnp.array([0.1, 1.0])
     train = partial(sweep.train, params=params, batch=batch, updates=5)
-    for together in (jax.vmap(train), partial(jax.lax.map, train)):
-        got = jax.jit(together)(rates)
-        for n, rate in enumerate(rates.tolist()):
-            alone = plain_training(batch, 5)(params, optax.sgd(rate))
-            assert max(relative_errors(jax.tree.map(lambda leaf, n=n: leaf[n], got), alone)) < 1e-12
+    got = jax.tree.map(np.asarray, jax.jit(partial(jax.lax.map, train))(rates))
+    for n, rate in enumerate(rates.tolist()):
+        alone = plain_training(batch, 5)(params, optax.sgd(rate))
+        assert max(relative_errors(jax.tree.map(lambda leaf, n=n: leaf[n], got), alone)) < 1e-12
 
 
 @pytest.mark.usefixtures("x64")
 def test_per_example_gradients_are_each_example_alone():
     params, batch = network(0, 2, 4), data()
-    values, grads = jax.jit(per_example.per_example)(params, batch)
+    values, grads = jax.tree.map(np.asarray, jax.jit(per_example.per_example)(params, batch))
     alone_grad = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
-    clipped = jax.tree.map(jnp.zeros_like, params)
+    clipped = jax.tree.map(np.zeros_like, params)
     for n in range(4):
         one = Batch(batch.xs[:, n], batch.targets[:, n])
-        (value, _), alone = alone_grad(params, one)
+        (value, _), alone = jax.tree.map(np.asarray, alone_grad(params, one))
         got = jax.tree.map(lambda leaf, n=n: leaf[n], grads)
         assert max(relative_errors((values[n], got), (value, alone))) <= AGREEMENT
-        scale = min(1, 0.5 / optax.tree.norm(alone)) / 4
+        norm = np.sqrt(sum((leaf**2).sum() for leaf in alone))
+        scale = min(1, 0.1 / norm) / 4
         clipped = jax.tree.map(lambda total, leaf, s=scale: total + s * leaf, clipped, alone)
-    got = jax.jit(per_example.clipped_gradient)(params, batch, 0.5)
+    got = jax.jit(per_example.clipped_gradient)(params, batch, 0.1)
     assert max(relative_errors(got, clipped)) <= AGREEMENT
 
 
@@ -337,19 +341,24 @@ def test_lyapunov_exponents_of_a_linear_network_are_its_eigenvalues():
     W_h = basis @ np.diag([1.2, 0.5, 0.1]) @ basis.T
     params = network(0, 2, 3)._replace(W_h=jnp.asarray(W_h))
     xs = jnp.asarray(draw(1, 3000, 2))
-    Js = jacobians.step_jacobians(params, xs, jnp.zeros(3), activation=jaxrnn.identity)
-    exponents = jax.jit(jacobians.lyapunov_exponents)(Js)
+
+    @partial(jax.jit, static_argnames="activation")
+    def exponents_and_Js(xs, activation):
+        Js = jacobians.step_jacobians(params, xs, jnp.zeros(3), activation)
+        return jacobians.lyapunov_exponents(Js), Js
+
+    exponents, _ = exponents_and_Js(xs, jaxrnn.identity)
     np.testing.assert_allclose(exponents, np.log([1.2, 0.5, 0.1]), atol=1e-3)
-    Js = jacobians.step_jacobians(params, xs[:9], jnp.zeros(3))
-    log_determinant = np.linalg.slogdet(np.linalg.multi_dot(Js[::-1])).logabsdet
-    np.testing.assert_allclose(jacobians.lyapunov_exponents(Js).sum() * 9, log_determinant)
+    exponents, Js = exponents_and_Js(xs[:9], jaxrnn.tanh)
+    log_determinant = np.linalg.slogdet(np.linalg.multi_dot(np.asarray(Js)[::-1])).logabsdet
+    np.testing.assert_allclose(exponents.sum() * 9, log_determinant)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("way", ["bptt_in", "autodiff"])
 def test_mixed_precision_gradients_come_back_in_the_parameters_dtype(way):
-    params = mixed_precision.cast(network(0, 8, 32), jnp.float32)
-    batch = data(T=64, B=16, I=8)
+    params = jaxrnn.init(jax.random.key(0), 8, 32, 2)
+    batch = data(T=40, B=16, I=8)
     gradient = mixed_precision.bptt_in
     if way == "autodiff":
         gradient = jax.value_and_grad(mixed_precision.loss_in, 1, has_aux=True)

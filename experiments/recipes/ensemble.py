@@ -56,9 +56,9 @@ def main() -> None:
     bits = jax.random.bernoulli(jax.random.key(0), 0.5, (T, B, 1)).astype(float)
     batch = Batch(bits, bits[..., 0].cumsum(axis=0).astype(int) % 2)
     keys = jax.random.split(jax.random.key(1), SEEDS)
-    _, values = jax.jit(partial(train_all, batch, 30, devices=jax.devices()))(keys)
+    _, values = jax.jit(partial(train_all, batch, 10, devices=jax.devices()))(keys)
     last = values[:, -1]
-    print(f"loss after 30 updates: {last.mean():.3f}, {last.min():.3f} to {last.max():.3f}")
+    print(f"loss after 10 updates: {last.mean():.3f}, {last.min():.3f} to {last.max():.3f}")
 
 
 if __name__ == "__main__":
