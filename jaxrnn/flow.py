@@ -85,6 +85,8 @@ def gradient_flow(
     nothing = jnp.zeros(hs.shape[1:], hs.dtype)
     _, dzs = reverse_scan(params.W_h, nothing, from_outputs, activation.df(hs), mask, reset)
 
+    # dh once more, for the loop that finds dz keeps none: what comes from after a step, held over
+    # those that do not exist, and from the step's own output.
     def body(from_after, now):
         from_output, to_before, exists = now
         return hold(exists, to_before, from_after), from_output + from_after

@@ -174,6 +174,7 @@ def load_safetensors(path: str | PathLike) -> Params:
     Raises:
       ModuleNotFoundError: the safetensors package is not installed.
       TypeError, ValueError: names, shapes or dtypes that are not those of Params.
+      safetensors.SafetensorError: the file is not one, or is cut off.
     """
     weights = _safetensors().load_file(path)
     _check_names("path", weights, set(Params._fields))

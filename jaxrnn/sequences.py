@@ -86,26 +86,25 @@ def _check_alike(sequences: Sequence[Batch]) -> None:
     if not sequences:
         raise ValueError("sequences: expected at least one, got none")
 
-    def kinds(sequence):
-        return {
-            name: None if leaf is None else (*np.shape(leaf)[1:], str(leaf.dtype))
-            for name, leaf in sequence._asdict().items()
-            if name != "mask"
-        }
+    def kind(leaf):
+        return None if leaf is None else (*leaf.shape[1:], str(leaf.dtype))
 
-    first = kinds(sequences[0])
     for n, sequence in enumerate(sequences):
-        for name, leaf in sequence._asdict().items():
-            if leaf is not None and np.shape(leaf)[:1] != sequence.xs.shape[:1]:
+        if not isinstance(sequence, Batch):
+            raise TypeError(f"sequences[{n}]: expected a Batch, got {type(sequence).__name__}")
+        for name, leaf, first in zip(Batch._fields, sequence, sequences[0], strict=True):
+            where = f"sequences[{n}].{name}"
+            if leaf is not None:
+                checks.check_array(where, leaf)
+                if leaf.shape[:1] != sequence.xs.shape[:1] or not leaf.shape:
+                    raise ValueError(
+                        f"{where}: expected as many steps as xs {sequence.xs.shape} has, got shape "
+                        f"{leaf.shape}"
+                    )
+            if name != "mask" and kind(leaf) != kind(first):
                 raise ValueError(
-                    f"sequences[{n}].{name}: expected {sequence.xs.shape[0]} steps as xs has, got "
-                    f"shape {np.shape(leaf)}"
-                )
-        for name, kind in kinds(sequence).items():
-            if kind != first[name]:
-                raise ValueError(
-                    f"sequences[{n}].{name}: expected {first[name]} after the first axis, as "
-                    f"sequences[0] has, got {kind}"
+                    f"{where}: expected {kind(first)} after the first axis, as sequences[0] has, "
+                    f"got {kind(leaf)}"
                 )
 
 
@@ -122,7 +121,7 @@ def pad(sequences: Sequence[Batch]) -> Batch:
       Batch (T, N, ...) with a mask; what it excludes is zeros.
 
     Raises:
-      ValueError: no sequence, or one unlike the first; the message names it.
+      TypeError, ValueError: no sequence, or one unlike the first; the message names it.
 
     >>> batch = pad([Batch(np.ones((n, 1)), np.ones(n, int)) for n in (3, 0, 1)])
     >>> batch.xs.shape, batch.mask.astype(int).tolist()
@@ -131,8 +130,8 @@ def pad(sequences: Sequence[Batch]) -> Batch:
     _check_alike(sequences)
     lengths = [sequence.xs.shape[0] for sequence in sequences]
     masks = [
-        np.ones(length, bool) if sequence.mask is None else sequence.mask
-        for sequence, length in zip(sequences, lengths, strict=True)
+        np.ones(checks.steps_shape(sequence.xs), bool) if sequence.mask is None else sequence.mask
+        for sequence in sequences
     ]
 
     def side_by_side(*leaves):

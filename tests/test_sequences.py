@@ -145,6 +145,8 @@ def test_a_padded_batch_has_the_outputs_of_each_sequence_alone():
     ("sequences", "message"),
     [
         ([], "sequences: expected at least one, got none"),
+        ([np.ones((2, 3))], r"sequences\[0\]: expected a Batch, got ndarray"),
+        ([Batch([1], [2])], r"sequences\[0\].xs: expected an array, got list"),
         (
             [Batch(np.ones((2, 3)), np.ones(2, int)), Batch(np.ones((2, 4)), np.ones(2, int))],
             r"sequences\[1\].xs: expected \(3, 'float64'\) .* got \(4, 'float64'\)",
@@ -163,12 +165,12 @@ def test_a_padded_batch_has_the_outputs_of_each_sequence_alone():
         ),
         (
             [Batch(np.ones((2, 3)), np.ones(3, int))],
-            r"sequences\[0\].targets: expected 2 steps as xs has, got shape \(3,\)",
+            r"sequences\[0\].targets: expected as many steps as xs \(2, 3\) has, got shape \(3,\)",
         ),
     ],
 )
 def test_pad_names_the_sequence_that_does_not_fit(sequences, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         jaxrnn.pad(sequences)
 
 
