@@ -36,6 +36,10 @@ def test_flow_is_the_derivative_by_states_and_pre_activations(activation, batch_
         7, T=6, batch_shape=batch_shape, activation=activation, loss="squared_error",
         tokens=False, **given,
     )  # fmt: skip
+    if batch_shape:
+        flags = np.random.default_rng(0).uniform(size=(2, 6, *batch_shape))
+        batch = case.batch._replace(mask=flags[0] < 0.7, reset=flags[1] < 0.4)
+        case = case._replace(batch=batch)
     zeros = jnp.zeros((6, *batch_shape, len(case.params.W_h)))
     nothing = jaxrnn.Flow(zeros, zeros)
     expected = jax.jit(jax.grad(partial(perturbed_loss, case=case)))(nothing)

@@ -28,6 +28,7 @@ from experiments.recipes import (
     policy,
     stack,
     sweep,
+    unequal_lengths,
 )
 from jaxrnn import Batch, Params
 from tests.reference import pieces_apart, plain_loss, relative_errors
@@ -294,6 +295,20 @@ def test_inside_an_equinox_module_the_gradient_is_the_same():
     got = jax.jit(jax.grad(value_in_a_module))(model).params
     expected = jax.jit(jax.grad(value_by_unroll))(model.params)
     assert max(relative_errors(got, expected)) <= 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_label_counts_at_the_last_step_of_its_sequence_alone():
+    params, lengths = network(0, 2, 3), [3, 1, 5, 4]
+    drawn = [draw(T, T, 2) for T in lengths]
+    sequences = [unequal_lengths.labelled(xs, n % 2) for n, xs in enumerate(drawn)]
+    (batch,) = unequal_lengths.in_buckets(sequences, padding=0.5)
+    apart = unequal_lengths.in_buckets(sequences, padding=0.1)
+    assert [one.xs.shape[:2] for one in apart] == [(5, 2), (3, 1), (1, 1)]
+    last = [looped(params, xs)[1][-1] for xs in drawn]
+    losses = [np.log(np.exp(y).sum()) - y[n % 2] for n, y in enumerate(last)]
+    value, _ = jax.jit(jaxrnn.sequence_loss)(params, batch)
+    np.testing.assert_allclose(value, np.mean(losses), rtol=1e-7)
 
 
 @pytest.mark.usefixtures("x64")

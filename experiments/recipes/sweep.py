@@ -1,7 +1,7 @@
 """A sweep over learning rates: the whole run is a function of the rate, mapped over rates.
 
-`lax.map` runs them one after the other in one compiled call, `jax.vmap` side by side: take `vmap`
-on a GPU, `lax.map` on a CPU (measured in experiments/recipes/ensemble.py).
+`lax.map` runs them one after the other in one compiled call, `jax.vmap` side by side: which is
+faster on a CPU is measured in experiments/recipes/ensemble.py.
 Run: python -m experiments.recipes.sweep
 """
 
