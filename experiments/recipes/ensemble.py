@@ -2,7 +2,8 @@
 
 `lax.map` runs the seeds of a device one after the other, `shard_map` the devices side by side; for
 a CPU's cores set `jax_num_cpu_devices` before anything else. `vmap` instead makes 64 products of
-(16, 32) and (32, 32) at every step, which XLA runs on a CPU no faster than one after the other.
+(16, 32) and (32, 32) at every step, which XLA runs on a CPU no faster than one after the other;
+under `shard_map` on two CPU devices, `vmap` of `init`, with its QR factorisation, hung.
 
 Milliseconds for one update of all 64, minimum / median of 11, interleaved; H 32, T 50, B 16,
 float32, 2 CPU cores (AMD EPYC), JAX 0.10.2, 2026-11-23:

@@ -15,7 +15,7 @@ from jaxrnn import Batch
 def labelled(xs, label) -> Batch:
     """One sequence xs (T, I) whose label is wanted at step T."""
     T = len(xs)
-    return Batch(xs, np.full(T, label), weights=(np.arange(T) == T - 1).astype(np.float32))
+    return Batch(xs, label * np.ones(T, int), weights=(np.arange(T) == T - 1).astype(np.float32))
 
 
 def in_buckets(sequences: list[Batch], padding: float) -> list[Batch]:
