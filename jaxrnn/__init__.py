@@ -14,14 +14,16 @@ Shapes: T steps, any number of batch axes, time first: xs (T, *batch, I), hs (T,
 ys (T, *batch, O). A plural is a trajectory, a leading d the derivative of the loss.
 """
 
+from jaxrnn import interop
 from jaxrnn.activations import Activation, identity, relu, sigmoid, tanh
 from jaxrnn.backward import bptt
 from jaxrnn.checks import check_values
+from jaxrnn.flow import Flow, gradient_flow
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
 from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, squared_error
 from jaxrnn.parallel import data_parallel
 from jaxrnn.params import Params, init, scaled_identity
-from jaxrnn.sequences import Batch, mask_from_lengths, windows
+from jaxrnn.sequences import Batch, buckets, mask_from_lengths, pad, unpad, windows
 from jaxrnn.training import Evaluation, Fit, evaluate, fit
 from jaxrnn.update import Metrics, TrainState, init_state, make_update, sgd
 
@@ -32,23 +34,28 @@ __all__ = [
     "Batch",
     "Evaluation",
     "Fit",
+    "Flow",
     "Loss",
     "Metrics",
     "Params",
     "TrainState",
     "binary_cross_entropy",
     "bptt",
+    "buckets",
     "check_values",
     "cross_entropy",
     "data_parallel",
     "evaluate",
     "fit",
+    "gradient_flow",
     "hidden_states",
     "identity",
     "init",
     "init_state",
+    "interop",
     "make_update",
     "mask_from_lengths",
+    "pad",
     "relu",
     "scaled_identity",
     "sequence_loss",
@@ -57,6 +64,7 @@ __all__ = [
     "squared_error",
     "step",
     "tanh",
+    "unpad",
     "unroll",
     "windows",
 ]

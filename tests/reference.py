@@ -61,6 +61,22 @@ def plain_loss(params, batch, h_0=None, *, activation=jaxrnn.tanh, loss=jaxrnn.c
     return (counts * loss.value(ys, targets)).sum() / total, h_T
 
 
+def pieces_apart(params, batch, h_0, *, loss=jaxrnn.cross_entropy):
+    """Loss and last states, each sequence alone, each piece between resets alone, only the steps
+    that exist, one `step` after the other; mask and reset are NumPy arrays."""
+    batch_shape = batch.mask.shape[1:]
+    total, h_Ts = 0.0, []
+    for b in np.ndindex(*batch_shape):
+        h = h_0[b]
+        for t in np.flatnonzero(batch.mask[(slice(None), *b)]):
+            at = (t, *b)
+            h = jnp.zeros_like(h) if batch.reset[at] else h
+            h, y = jaxrnn.step(params, h, batch.xs[at])
+            total += loss.value(y, batch.targets[at])
+        h_Ts.append(h)
+    return total / max(batch.mask.sum(), 1), jnp.stack(h_Ts).reshape(*batch_shape, -1)
+
+
 class Case(NamedTuple):
     """A network, a batch, and how to run it."""
 

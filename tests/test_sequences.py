@@ -1,3 +1,6 @@
+from functools import partial
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 import jaxrnn
 from jaxrnn import Batch
+from tests.reference import pieces_apart, relative_errors
 
 
 @given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5))
@@ -49,3 +53,151 @@ def test_windows_with_the_state_carried_have_the_loss_of_the_whole():
     expected, h_T = jaxrnn.sequence_loss(params, stream)
     np.testing.assert_allclose(total, expected, rtol=1e-13)
     np.testing.assert_allclose(h, h_T, rtol=1e-13)
+
+
+RESETS = {
+    "none": [],
+    "at step 0": [0],
+    "at step T-1": [4],
+    "at every step": range(5),
+    "at random": None,
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("batch_shape", [(), (2, 4)], ids=str)
+@pytest.mark.parametrize("resets", RESETS)
+def test_any_batch_is_its_pieces_apart_gradient_included(batch_shape, resets):
+    """Eight sequences in two batch axes: lengths 0 to T, and two masks with holes; or one alone."""
+    T, rng = 5, np.random.default_rng(0)
+    params = jaxrnn.init(jax.random.key(0), 2, 3, 2, dtype=jnp.float64)
+    shape = (T, *batch_shape)
+    reset = rng.uniform(size=shape) < 0.4
+    if RESETS[resets] is not None:
+        reset = np.zeros(shape, bool)
+        reset[list(RESETS[resets])] = True
+    mask = np.ones(shape, bool)
+    if batch_shape:
+        lengths = np.array([0, 1, 2, 3, 4, 5, 5, 5]).reshape(batch_shape)
+        mask = np.array(jaxrnn.mask_from_lengths(lengths, T))
+        mask[[0, 1, 3, 4], 1, [2, 2, 3, 3]] = False
+    h_0 = rng.normal(size=(*batch_shape, 3))
+    batch = Batch(rng.normal(size=(*shape, 2)), rng.integers(0, 2, shape), mask, reset)
+
+    @jax.jit
+    def all_three(params, xs, h_0):
+        now = batch._replace(xs=xs)
+        apart = partial(pieces_apart, batch=now)
+        expected = jax.value_and_grad(lambda p, h: apart(p, h_0=h), (0, 1), has_aux=True)
+        value_and_grad = jax.value_and_grad(
+            lambda p, h: jaxrnn.sequence_loss(p, now, h), (0, 1), has_aux=True
+        )
+        return expected(params, h_0), value_and_grad(params, h_0), jaxrnn.bptt(params, now, h_0)
+
+    expected, by_autodiff, by_hand = all_three(params, jnp.asarray(batch.xs), jnp.asarray(h_0))
+    assert max(relative_errors(by_autodiff, expected)) <= 1e-13
+    assert max(relative_errors(by_hand, (expected[0], expected[1][0]))) <= 1e-13
+
+
+sequence_lengths = st.lists(st.integers(0, 7), min_size=1, max_size=6)
+
+
+@given(lengths=sequence_lengths, optional=st.booleans())
+def test_unpad_undoes_pad(lengths, optional):
+    rng = np.random.default_rng(len(lengths))
+    sequences = [
+        Batch(
+            rng.normal(size=(T, 2)),
+            rng.integers(0, 5, T),
+            mask=rng.uniform(size=T) < 0.5 if optional and n % 2 else None,
+            reset=rng.uniform(size=T) < 0.5 if optional else None,
+            weights=rng.uniform(size=T) if optional else None,
+        )
+        for n, T in enumerate(lengths)
+    ]
+    batch = jaxrnn.pad(sequences)
+    assert batch.xs.shape == (max(lengths), len(lengths), 2)
+    exists = np.asarray(jaxrnn.mask_from_lengths(np.array(lengths), max(lengths)))
+    assert not batch.mask[~exists].any()
+    assert not batch.xs[~exists].any()
+    for sequence, again in zip(sequences, jaxrnn.unpad(batch, lengths), strict=True):
+        mask = np.ones(len(sequence.xs), bool) if sequence.mask is None else sequence.mask
+        for name, leaf in sequence._replace(mask=mask)._asdict().items():
+            if leaf is None:
+                assert getattr(again, name) is None
+            else:
+                np.testing.assert_array_equal(getattr(again, name), leaf)
+                assert getattr(again, name).dtype == leaf.dtype
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_padded_batch_has_the_outputs_of_each_sequence_alone():
+    params = jaxrnn.init(jax.random.key(0), 2, 3, 2, dtype=jnp.float64)
+    lengths, rng = [4, 0, 7], np.random.default_rng(0)
+    sequences = [Batch(rng.normal(size=(T, 2)), rng.integers(0, 2, T)) for T in lengths]
+    batch = jaxrnn.pad(sequences)
+    _, ys = jaxrnn.unroll(params, batch.xs, mask=batch.mask)
+    for sequence, got in zip(sequences, jaxrnn.unpad(ys, lengths), strict=True):
+        np.testing.assert_allclose(got, jaxrnn.unroll(params, sequence.xs)[1], rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ([], "sequences: expected at least one, got none"),
+        ([np.ones((2, 3))], r"sequences\[0\]: expected a Batch, got ndarray"),
+        ([Batch([1], [2])], r"sequences\[0\].xs: expected an array, got list"),
+        (
+            [Batch(np.ones((2, 3)), np.ones(2, int)), Batch(np.ones((2, 4)), np.ones(2, int))],
+            r"sequences\[1\].xs: expected \(3, 'float64'\) .* got \(4, 'float64'\)",
+        ),
+        (
+            [Batch(np.ones(2, int), np.ones(2)), Batch(np.ones(2, int), np.ones(2, np.float32))],
+            r"sequences\[1\].targets: expected \('float64',\) .* got \('float32',\)",
+        ),
+        (
+            [Batch(np.ones(2, int), np.ones(2)), Batch(*[np.ones(2, int)] * 2, weights=np.ones(2))],
+            r"sequences\[1\].targets: expected",
+        ),
+        (
+            [Batch(*[np.ones(2)] * 2), Batch(*[np.ones(2)] * 2, weights=np.ones(2))],
+            r"sequences\[1\].weights: expected None",
+        ),
+        (
+            [Batch(np.ones((2, 3)), np.ones(3, int))],
+            r"sequences\[0\].targets: expected as many steps as xs \(2, 3\) has, got shape \(3,\)",
+        ),
+    ],
+)
+def test_pad_names_the_sequence_that_does_not_fit(sequences, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        jaxrnn.pad(sequences)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 4], [-1, 2]])
+def test_unpad_wants_a_length_for_each_sequence(lengths):
+    with pytest.raises(ValueError, match=r"lengths: expected 2 integers in 0..3, got"):
+        jaxrnn.unpad(np.zeros((3, 2)), lengths)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 50), max_size=40),
+    padding=st.sampled_from([0.0, 0.1, 0.3, 0.9]),
+)
+def test_buckets_hold_every_sequence_once_and_little_padding(lengths, padding):
+    found = jaxrnn.buckets(lengths, padding=padding)
+    assert sorted(int(n) for bucket in found for n in bucket) == list(range(len(lengths)))
+
+    def share(bucket):
+        steps = max(lengths[n] for n in bucket) * len(bucket)
+        return (steps - sum(lengths[n] for n in bucket)) / max(steps, 1)
+
+    assert all(share(bucket) <= padding + 1e-12 for bucket in found)
+    for bucket, after in pairwise(found):
+        assert share([*bucket, after[0]]) > padding - 1e-12, "a bucket ended too soon"
+
+
+def test_buckets_refuse_a_share_that_is_none():
+    for padding in (1, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=r"padding: expected a share in \[0, 1\), got"):
+            jaxrnn.buckets([1, 2], padding=padding)

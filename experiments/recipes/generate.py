@@ -1,0 +1,46 @@
+"""Teacher forcing against free running.
+
+Teacher forcing gives each step the true token before, so all steps are known at once: `unroll`.
+Free running gives each step what the one before has drawn: `step` in a `lax.scan`.
+Run: python -m experiments.recipes.generate
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+import jaxrnn
+from jaxrnn import Batch
+
+
+def generate(key, params, h, token, length, temperature=1.0):
+    """Goes on from a state h (*batch, H) and the token (*batch) to be read next.
+
+    Returns the last state and the tokens drawn, (length, *batch).
+    """
+
+    def body(now, key):
+        h, y = jaxrnn.step(params, *now)
+        token = jax.random.categorical(key, y / temperature)
+        return (h, token), token
+
+    (h, _), tokens = lax.scan(body, (h, token), jax.random.split(key, length))
+    return h, tokens
+
+
+def main() -> None:
+    key_init, key_fit, key_draw = jax.random.split(jax.random.key(0), 3)
+    count = jnp.tile(jnp.arange(5), 9)[:, None]  # 0 1 2 3 4 0 1 ...
+    batch = Batch(count[:-1], count[1:])
+    params = jaxrnn.init(key_init, input_size=5, hidden_size=16, output_size=5)
+    params = jaxrnn.fit(key_fit, params, batch, optimizer=optax.adam(1e-2)).best
+
+    h, ys = jaxrnn.unroll(params, count[:10])
+    print("teacher forcing predicts", ys.argmax(axis=-1)[:, 0])
+    _, tokens = jax.jit(generate, static_argnums=4)(key_draw, params, h, count[10], 10)
+    print("free running draws      ", tokens[:, 0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Exchange with torch, Flax and .safetensors: against the libraries where they are installed,
+against numbers that they gave where they are not."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import interop
+from tests.reference import relative_errors
+
+T, B, I, H, O = 6, 3, 2, 4, 3
+AGREEMENT = 1e-12
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    return lambda *shape: 0.5 * rng.standard_normal(shape)
+
+
+def torch_weights():
+    normal = draw(0)
+    rnn = {
+        "weight_ih_l0": normal(H, I),
+        "weight_hh_l0": normal(H, H),
+        "bias_ih_l0": normal(H),
+        "bias_hh_l0": normal(H),
+    }
+    return rnn, {"weight": normal(O, H), "bias": normal(O)}
+
+
+def flax_weights():
+    normal = draw(1)
+    cell = {"i": {"kernel": normal(I, H), "bias": normal(H)}, "h": {"kernel": normal(H, H)}}
+    return cell, {"kernel": normal(H, O), "bias": normal(O)}
+
+
+XS, DYS = draw(2)(T, B, I), draw(3)(T, B, O)
+"""The inputs, and the derivative by the outputs whose gradient is compared."""
+
+
+def run(params):
+    """ys, and the gradient of sum(DYS * ys) by the parameters and by the inputs."""
+
+    def value(params, xs):
+        ys = jaxrnn.unroll(params, xs)[1]
+        return (DYS * ys).sum(), ys
+
+    (dparams, dxs), ys = jax.grad(value, (0, 1), has_aux=True)(params, jnp.asarray(XS))
+    return ys, dparams, dxs
+
+
+def fingerprint(*arrays):
+    """One number for each array that every one of its elements changes."""
+    return [float((np.cos(np.arange(a.size)) * np.ravel(a)).sum()) for a in arrays]
+
+
+STORED = {
+    "torch": [
+        -1.0656804687454628,
+        -1.0796389763290724,
+        -3.6918264325489543,
+        1.8481845747108716,
+        -1.731679851747971,
+        -1.3254621112959208,
+        0.4427427254349454,
+    ],
+    "flax": [
+        0.9874377805468337,
+        2.2216494440970904,
+        -5.024993985784917,
+        -1.1453314488800626,
+        3.9525454402906224,
+        -1.3254621112959213,
+        -1.3568592407950828,
+    ],
+}
+"""ys, dW_x, dW_h, dW_y, db_h, db_y, dxs of torch 2.13 and Flax 0.12.8 in float64."""
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("peer", STORED)
+def test_equals_the_numbers_that_the_peer_gave(peer):
+    imported = {
+        "torch": lambda: interop.from_torch(*torch_weights()),
+        "flax": lambda: interop.from_flax(*flax_weights()),
+    }
+    ys, grads, dxs = jax.jit(run)(imported[peer]())
+    np.testing.assert_allclose(fingerprint(ys, *grads, dxs), STORED[peer], rtol=AGREEMENT)
+
+
+@pytest.mark.usefixtures("x64")
+def test_equals_torch_outputs_and_gradients():
+    torch = pytest.importorskip("torch")
+    rnn, linear = torch.nn.RNN(I, H).double(), torch.nn.Linear(H, O).double()
+    for module, weights in zip((rnn, linear), torch_weights(), strict=True):
+        module.load_state_dict({name: torch.tensor(leaf) for name, leaf in weights.items()})
+    xs = torch.tensor(XS, requires_grad=True)
+    ys = linear(rnn(xs)[0])
+    (torch.tensor(DYS) * ys).sum().backward()
+    grads = rnn.weight_ih_l0, rnn.weight_hh_l0, linear.weight, rnn.bias_ih_l0, linear.bias
+    expected = [ys.detach().numpy(), *(leaf.grad.numpy() for leaf in grads), xs.grad.numpy()]
+    params = interop.from_torch(rnn.state_dict(), linear.state_dict())
+    got, got_grads, dxs = jax.jit(run)(params)
+    assert max(relative_errors([got, *got_grads, dxs], expected)) <= AGREEMENT
+    np.testing.assert_allclose(fingerprint(*expected), STORED["torch"], rtol=AGREEMENT)
+
+    again, again_linear = torch.nn.RNN(I, H).double(), torch.nn.Linear(H, O).double()
+    for module, weights in zip((again, again_linear), interop.to_torch(params), strict=True):
+        module.load_state_dict({name: torch.from_numpy(leaf) for name, leaf in weights.items()})
+    ys_again = again_linear(again(xs)[0]).detach().numpy()
+    assert max(relative_errors(ys_again, expected[0])) <= AGREEMENT
+
+
+@pytest.mark.usefixtures("x64")
+def test_equals_flax_outputs_and_gradients():
+    nn = pytest.importorskip("flax.linen")
+    cell, dense = flax_weights()
+    rnn = nn.RNN(nn.SimpleCell(H, param_dtype=jnp.float64), time_major=True)
+    readout = nn.Dense(O, param_dtype=jnp.float64)
+
+    def value(cell, dense, xs):
+        hs = rnn.apply({"params": {"cell": cell}}, xs)
+        ys = readout.apply({"params": dense}, hs)
+        return (DYS * ys).sum(), ys
+
+    flax_run = jax.jit(jax.grad(value, (0, 1, 2), has_aux=True))
+    (dcell, ddense, dxs), ys = flax_run(cell, dense, XS)
+    expected = ys, interop.from_flax(dcell, ddense), dxs
+    params = interop.from_flax(cell, dense)
+    assert max(relative_errors(jax.jit(run)(params), expected)) <= AGREEMENT
+    numbers = fingerprint(ys, *expected[1], dxs)
+    np.testing.assert_allclose(numbers, STORED["flax"], rtol=AGREEMENT)
+    _, again = flax_run(*interop.to_flax(params), XS)
+    assert max(relative_errors(again, ys)) <= AGREEMENT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_there_and_back_is_the_same(dtype, tmp_path):
+    params = jaxrnn.init(jax.random.key(0), I, H, O, dtype=dtype)
+    params = params._replace(b_h=jnp.arange(H, dtype=dtype))
+    copies = [
+        interop.from_torch(*interop.to_torch(params)),
+        interop.from_flax(*interop.to_flax(params)),
+    ]
+    for copy in copies:
+        assert all(isinstance(leaf, jax.Array) and leaf.dtype == dtype for leaf in copy)
+        assert all((a == b).all() for a, b in zip(copy, params, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_safetensors_file_holds_the_params_by_name(dtype, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    params = jaxrnn.init(jax.random.key(0), I, H, O, dtype=dtype)
+    path = tmp_path / "params.safetensors"
+    interop.save_safetensors(params, path)
+    assert set(safetensors.load_file(path)) == {"W_x", "W_h", "W_y", "b_h", "b_y"}
+    again = interop.load_safetensors(path)
+    assert all(a.dtype == dtype and (a == b).all() for a, b in zip(again, params, strict=True))
+    safetensors.save_file({"W_x": np.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"path: expected the names \['W_h', .* got \['W_x'\]"):
+        interop.load_safetensors(path)
+
+
+def test_without_safetensors_the_error_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
+        interop.load_safetensors(tmp_path / "params.safetensors")
+
+
+def changed(weights, which, **changes):
+    return [part | changes if n == which else part for n, part in enumerate(weights)]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (
+            interop.from_torch,
+            changed(torch_weights(), 0, weight_ih_l1=np.ones((H, H))),
+            r"rnn: expected the names \['bias_hh_l0', .* 'weight_ih_l1'\]",
+        ),
+        (
+            interop.from_torch,
+            changed(torch_weights(), 1, bias=np.ones(O + 1)),
+            r"params.b_y: expected shape \(3,\) .* got \(4,\)",
+        ),
+        (
+            interop.from_torch,
+            changed(torch_weights(), 1, bias=np.ones(O, int)),
+            r"params.b_y: expected a floating-point dtype, got int64",
+        ),
+        (
+            interop.from_flax,
+            changed(flax_weights(), 0, j={}),
+            r"cell: expected the names \['h', 'i'\], got \['h', 'i', 'j'\]",
+        ),
+        (
+            interop.from_flax,
+            changed(flax_weights(), 0, h={"kernel": np.ones((H, H)), "bias": np.ones(H)}),
+            r"cell\['h'\]: expected the names \['kernel'\]",
+        ),
+    ],
+)
+def test_it_names_what_does_not_fit(function, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        function(*arguments)
+
+
+def test_float64_is_not_made_float32_without_a_word():
+    with pytest.raises(TypeError, match="W_x: expected a dtype that JAX keeps, got float64"):
+        interop.from_torch(*torch_weights())
+
+
+def test_neither_library_is_imported():
+    code = (
+        "import sys, jaxrnn.interop; "
+        "print({'torch', 'flax', 'safetensors'} & {name.split('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr
