@@ -71,13 +71,19 @@ def step(
 def input_product(params: Params, xs: Array) -> Array:
     """W_x x + b_h, for one step or for all at once; a token x looks up its column of W_x."""
     if checks.is_integer(xs):
-        return params.W_x.T[xs] + params.b_h
-    return xs.astype(params.W_x.dtype) @ params.W_x.T + params.b_h
+        return plus(params.W_x.T[xs], params.b_h)
+    return plus(xs.astype(params.W_x.dtype) @ params.W_x.T, params.b_h)
 
 
 def readout(params: Params, hs: Array) -> Array:
     """W_y h + b_y, for one step or for all at once."""
-    return hs @ params.W_y.T + params.b_y
+    return plus(hs @ params.W_y.T, params.b_y)
+
+
+def plus(products: Array, b: Array) -> Array:
+    """products + b, in float32 at least: autodiff sums db in the dtype of the addition."""
+    dtype = at_least_float32(b.dtype)
+    return (products.astype(dtype) + b.astype(dtype)).astype(b.dtype)
 
 
 def per_step(flags: Array, xs: Array) -> Array:
