@@ -16,19 +16,24 @@ ys (T, *batch, O). A plural is a trajectory, a leading d the derivative of the l
 
 from jaxrnn.activations import Activation, identity, relu, sigmoid, tanh
 from jaxrnn.backward import bptt
+from jaxrnn.checkpoints import Checkpoint, CheckpointError
 from jaxrnn.checks import check_values
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
 from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, squared_error
 from jaxrnn.params import Params, init, scaled_identity
+from jaxrnn.resuming import from_arrays, load_fit, save_fit, to_arrays
 from jaxrnn.sequences import Batch, mask_from_lengths, windows
 from jaxrnn.training import Evaluation, Fit, evaluate, fit
-from jaxrnn.update import Metrics, TrainState, init_state, make_update, sgd
+from jaxrnn.update import Diverged, Metrics, TrainState, init_state, make_update, sgd
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
     "Batch",
+    "Checkpoint",
+    "CheckpointError",
+    "Diverged",
     "Evaluation",
     "Fit",
     "Loss",
@@ -41,13 +46,16 @@ __all__ = [
     "cross_entropy",
     "evaluate",
     "fit",
+    "from_arrays",
     "hidden_states",
     "identity",
     "init",
     "init_state",
+    "load_fit",
     "make_update",
     "mask_from_lengths",
     "relu",
+    "save_fit",
     "scaled_identity",
     "sequence_loss",
     "sgd",
@@ -55,6 +63,7 @@ __all__ = [
     "squared_error",
     "step",
     "tanh",
+    "to_arrays",
     "unroll",
     "windows",
 ]
