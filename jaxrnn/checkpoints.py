@@ -12,6 +12,7 @@ interprets them. The standard library and NumPy are all that is needed to read o
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -32,7 +33,7 @@ COMMENT = b"sha256:"
 DIGEST_SIZE = 64
 DIRECTORY_END = struct.Struct("<4s4H2LH")
 """The record that ends a zip, before its comment; [5] is the size of the directory."""
-DTYPES = frozenset("|b1 |i1 |u1 <i2 <u2 <f2 <i4 <u4 <f4 <i8 <u8 <f8 <c8 <c16".split())
+DTYPE = re.compile(r"\|[biu]1|<[iuf][248]|<c(8|16)")
 NAME = re.compile(r"[!-.0-\[\]-~]{1,200}")  # printable ASCII without blank, / and \
 FILE_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})\.npz")
 
@@ -93,7 +94,9 @@ def _digest(file: BinaryIO, size: int) -> bytes:
     return sha256.hexdigest().encode("ascii")
 
 
-def _write(file: BinaryIO, index: bytes, arrays: dict[str, np.ndarray]) -> None:
+def _packed(index: bytes, arrays: dict[str, np.ndarray]) -> memoryview:
+    """The file's bytes. In memory: zipfile would go on in another way if a disk failed it."""
+    file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.comment = COMMENT + bytes(DIGEST_SIZE)
         archive.writestr(zipfile.ZipInfo(INDEX), index)
@@ -104,11 +107,9 @@ def _write(file: BinaryIO, index: bytes, arrays: dict[str, np.ndarray]) -> None:
             with archive.open(info, "w") as member:
                 member.write(header)
                 member.write(array.reshape(-1).data)
-    digest = _digest(file, file.seek(0, os.SEEK_END) - DIGEST_SIZE)
-    file.seek(-DIGEST_SIZE, os.SEEK_END)
-    file.write(digest)
-    file.flush()
-    os.fsync(file.fileno())
+    data = file.getbuffer()
+    data[-DIGEST_SIZE:] = hashlib.sha256(data[:-DIGEST_SIZE]).hexdigest().encode("ascii")
+    return data
 
 
 def _checked(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -119,7 +120,7 @@ def _checked(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
             raise ValueError(f"arrays: expected names of 1 to 200 letters or signs, got {name!r}")
         array = np.asarray(array)
         array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-        if array.dtype.str not in DTYPES:
+        if not DTYPE.fullmatch(array.dtype.str):
             raise TypeError(f"arrays: expected numbers or bool in {name}, got {array.dtype}")
         checked[name] = array
     return checked
@@ -166,13 +167,17 @@ def save(
     if len(index) > INDEX_LIMIT:
         raise ValueError(f"note: expected at most {INDEX_LIMIT} bytes of JSON, got {len(index)}")
 
+    data = _packed(index, arrays)
+
     temporary = Path(folder) / "checkpoint.tmp"
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)  # of a process that was killed
         try:
-            with open(temporary, "x+b") as file:
-                _write(file, index, arrays)
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -197,7 +202,7 @@ def _sync_folder(folder) -> None:
         os.close(descriptor)
 
 
-def _expect(condition: bool, what: str, got) -> None:
+def _expect(condition: object, what: str, got) -> None:
     if not condition:
         raise CheckpointError(f"expected {what}, got {got}")
 
@@ -215,7 +220,7 @@ def _check_members(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, dtype: str, shape: list[int]) -> np.ndarray:
-    _expect(dtype in DTYPES, f"the dtype of {name} to be one of numbers or bool", repr(dtype))
+    _expect(DTYPE.fullmatch(dtype), f"a dtype of numbers or bool for {name}", repr(dtype))
     proper = all(type(length) is int and length >= 0 for length in shape)
     _expect(proper, f"the shape of {name} to be lengths", shape)
     header = _npy_header(dtype, tuple(shape))

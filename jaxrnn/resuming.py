@@ -95,9 +95,9 @@ def from_arrays(like, arrays):
         return jnp.array(array, copy=True)
 
     leaves = _named_leaves(like)
+    restored = [restore(name, leaf) for name, leaf in leaves.items()]
     if unknown := sorted(arrays.keys() - leaves.keys()):
         raise CheckpointError(f"{unknown[0]}: expected no such array, got one")
-    restored = [restore(name, leaf) for name, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(like), restored)
 
 

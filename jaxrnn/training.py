@@ -1,7 +1,7 @@
 """5. The training loop: epochs over batches until the held-out loss stops falling."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -181,7 +181,7 @@ def _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience,
         raise TypeError(f"train: expected a Batch or an iterable of them, got {train!r}")
     elif batch_size is not None:
         raise ValueError(f"batch_size: expected None, for train is batches, got {batch_size}")
-    elif iter(train) is train and max_epochs > 1:
+    elif isinstance(train, Iterator) and max_epochs > 1:
         raise ValueError(
             "train: expected batches that can be gone through once per epoch, such as a list, got "
             f"the one-pass iterator {train!r}"
@@ -280,7 +280,8 @@ def fit(
         return gradient_fn(params, batch, h)[0]
 
     state, best, history, _ = result
-    lowest, waited, norms = float("inf"), 0, []
+    lowest, waited = float("inf"), 0
+    norms: list[float] = []
     for row in history:
         lowest, waited = _wait(lowest, waited, row.valid_loss, tolerance)
     first = len(history) + 1

@@ -1,6 +1,7 @@
 """4. The update: the algorithm's own rule, or any optax optimiser, as one jitted step."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -82,9 +83,9 @@ class Diverged(ArithmeticError):
     def __init__(self, step: int, skipped: int, gradient_norms: Sequence[float]):
         norms = ", ".join(f"{norm:.3g}" for norm in gradient_norms)
         super().__init__(
-            f"step {step}: expected a finite loss and gradient, got {skipped} updates in a row "
-            f"without; gradient norms up to here: {norms}. The parameters are those from before. "
-            "Try a smaller learning rate, optax.clip_by_global_norm, or check_values on the data."
+            f"step {step}: expected loss, gradient and parameters to be finite, got {skipped} "
+            f"updates in a row where they are not; gradient norms up to here: {norms}. Try a "
+            "smaller learning rate, optax.clip_by_global_norm, or check_values on the data"
         )
         self.step, self.skipped, self.gradient_norms = step, skipped, list(gradient_norms)
 
@@ -172,9 +173,9 @@ def make_update(
 
         finite = _all_finite((value, norm, params, h))
         before, after = (state.params, state.opt_state, state.h), (params, opt_state, h)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        params, opt_state, h = jax.tree.map(partial(jnp.where, finite), after, before)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = Metrics(value, norm, step_weights(batch, dtype).sum(), skipped)
-        return TrainState(state.step + 1, *kept, skipped), metrics
+        return TrainState(state.step + 1, params, opt_state, h, skipped), metrics
 
     return jax.jit(update, donate_argnums=0)
