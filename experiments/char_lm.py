@@ -136,8 +136,7 @@ def draw(curve: list[dict], path: Path) -> None:
     """Training and held-out bits per character over updates."""
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     steps = [row["step"] for row in curve]
-    trained = [row.get("train_bpc", math.nan) for row in curve]
-    ax.plot(steps, trained, lw=0.8, alpha=0.6, label="training batch")
+    ax.plot(steps, [row["train_bpc"] for row in curve], lw=0.8, alpha=0.6, label="training batch")
     held_out = [row for row in curve if "valid_bpc" in row]
     ax.plot(
         [row["step"] for row in held_out],
@@ -189,7 +188,7 @@ def train(config: Config, vocabulary: list[str], parts, run: Run) -> tuple[Param
             run.log(row)
             stop_if_diverged(run.rows, config.max_skipped)
             run.keep(state, last=number == config.steps)
-            bar.set_description(f"{row.get('train_bpc', math.nan):.3f} bpc", refresh=False)
+            bar.set_description(f"{row['train_bpc']:.3f} bpc", refresh=False)
             bar.update()
     seconds = time.perf_counter() - start
     recent = [row["train_bpc"] for row in run.rows[-100:] if "skipped" not in row]
@@ -211,10 +210,12 @@ def train(config: Config, vocabulary: list[str], parts, run: Run) -> tuple[Param
 
 
 def report(number: int, metrics: jaxrnn.Metrics) -> dict:
-    """A row of metrics: what is finite, and how many updates in a row have been skipped, if any."""
-    bpc, norm = metrics.loss.item() / math.log(2), metrics.gradient_norm.item()
-    row = {"step": number, "train_bpc": bpc, "gradient_norm": norm}
-    row = {name: value for name, value in row.items() if math.isfinite(value)}
+    """A row of metrics; `skipped` is in it where the update was, with how many in a row were."""
+    row = {
+        "step": number,
+        "train_bpc": metrics.loss.item() / math.log(2),
+        "gradient_norm": metrics.gradient_norm.item(),
+    }
     if skipped := metrics.skipped.item():
         row["skipped"] = skipped
     if skipped == 1:
@@ -224,7 +225,7 @@ def report(number: int, metrics: jaxrnn.Metrics) -> dict:
 
 def stop_if_diverged(rows: list[dict], max_skipped: int) -> None:
     if rows[-1].get("skipped", 0) >= max_skipped:
-        norms = [row.get("gradient_norm", math.nan) for row in rows[-2 * max_skipped :]]
+        norms = [row["gradient_norm"] for row in rows[-2 * max_skipped :]]
         raise Diverged(rows[-1]["step"], max_skipped, norms)
 
 

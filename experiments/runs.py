@@ -155,7 +155,7 @@ class Run:
 
     def log(self, row: dict) -> None:
         """One line of metrics.jsonl, in one write, so that a kill leaves no half of it."""
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        line = json.dumps(row).encode() + b"\n"
         self._metrics.write(line)
         self._metrics.flush()
         self._sha256.update(line)
