@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -152,61 +151,62 @@ def draw(curve: list[dict], path: Path) -> None:
     plt.close(fig)
 
 
-def train(config: Config, vocabulary: list[str], parts, run: Run) -> tuple[Params, dict]:
+def bits(params: Params, data: Batch, config: Config) -> float:
+    """Bits per character on held-out streams, the state carried along from zeros."""
+    h_0 = jnp.zeros((config.batch_size, config.hidden_size))
+    parts = jaxrnn.windows(data, 16 * config.window)
+    return jaxrnn.evaluate(params, parts, h_0) / math.log(2)
+
+
+def train(config: Config, vocabulary: list[str], stream: Batch, valid: Batch, run: Run) -> Params:
     """Trains up to config.steps updates; a line of metrics for each."""
-    stream, valid, test = (streams(part, config.batch_size) for part in parts)
     params = jaxrnn.init(
         jax.random.key(config.seed), len(vocabulary), config.hidden_size, len(vocabulary)
     )
-    for data in (stream, valid, test):
+    for data in (stream, valid):
         jaxrnn.check_values(params, data)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
     zeros = np.zeros((config.batch_size, config.hidden_size), np.float32)
     state = jaxrnn.init_state(params, optimizer, h=jnp.asarray(zeros))
     update = jaxrnn.make_update(jaxrnn.bptt, optimizer)
 
-    def bits(data: Batch) -> float:
-        parts = jaxrnn.windows(data, 16 * config.window)
-        return jaxrnn.evaluate(state.params, parts, jnp.asarray(zeros)) / math.log(2)
-
     evaluate_every = max(1, config.steps // 10)
-    first, start, evaluating = run.step + 1, time.perf_counter(), 0.0
     batches = endless(stream, config.window, seen=run.step)
     with run, tqdm(total=config.steps, initial=run.step, unit="step", disable=None) as bar:
         state = run.restore(state)
-        for number in range(first, config.steps + 1):
+        for number in range(run.step + 1, config.steps + 1):
             anew, batch = next(batches)
             if anew:
                 state = state._replace(h=jnp.asarray(zeros))
             state, metrics = update(state, batch)
             row = report(number, metrics)
             if number % evaluate_every == 0 or number == config.steps:
-                before = time.perf_counter()
-                row["valid_bpc"] = bits(valid)
-                evaluating += time.perf_counter() - before
+                with run.aside():
+                    row["valid_bpc"] = bits(state.params, valid, config)
                 bar.set_postfix(valid=f"{row['valid_bpc']:.3f} bpc", refresh=False)
             run.log(row)
             stop_if_diverged(run.rows, config.max_skipped)
             run.keep(state, last=number == config.steps)
             bar.set_description(f"{row['train_bpc']:.3f} bpc", refresh=False)
             bar.update()
-    seconds = time.perf_counter() - start
+    return state.params
+
+
+def summarize(config: Config, run: Run, params: Params, test_bpc: float) -> dict:
     recent = [row["train_bpc"] for row in run.rows[-100:] if "skipped" not in row]
-    summary = {
+    return {
         "train_bpc": sum(recent) / max(1, len(recent)),
         "valid_bpc": run.rows[-1]["valid_bpc"],
-        "test_bpc": bits(test),
+        "test_bpc": test_bpc,
         "steps": config.steps,
         "skipped": sum("skipped" in row for row in run.rows),
         "seconds": run.seconds,
-        "milliseconds_per_step": 1e3 * (seconds - evaluating) / max(1, config.steps + 1 - first),
+        "milliseconds_per_step": 1e3 * run.seconds_of_steps / config.steps,
         "parameters": sum(leaf.size for leaf in params),
-        "vocabulary": len(vocabulary),
+        "vocabulary": params.W_y.shape[0],
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    draw(run.rows, config.out / "curve.png")
-    return state.params, summary
 
 
 def report(number: int, metrics: jaxrnn.Metrics) -> dict:
@@ -238,7 +238,8 @@ def check_config(config: Config) -> None:
         raise InputError(
             f"--checkpoint-every-steps: expected at least 1, got {config.checkpoint_every_steps}"
         )
-    if not np.finfo(np.float32).tiny <= config.learning_rate <= np.finfo(np.float32).max:
+    float32 = np.finfo(np.float32)
+    if not float(float32.tiny) <= config.learning_rate <= float(float32.max):
         raise InputError(
             f"--learning-rate: expected above 0 in float32, got {config.learning_rate}"
         )
@@ -280,7 +281,10 @@ def main(config: Config) -> dict:
     run = Run(config.out, settings, resume=config.resume, every_steps=every)
     flags = {key: str(v) if isinstance(v, Path) else v for key, v in vars(config).items()}
     runs.write_whole(config.out / "config.json", json.dumps(flags, indent=2) + "\n")
-    params, summary = train(config, vocabulary, parts, run)
+    stream, valid, test = (streams(part, config.batch_size) for part in parts)
+    params = train(config, vocabulary, stream, valid, run)
+    summary = summarize(config, run, params, bits(params, test, config))
+    draw(run.rows, config.out / "curve.png")
     newline = jnp.array(vocabulary.index("\n") if "\n" in vocabulary else 0)
     drawn = sample(jax.random.key(config.seed + 1), params, newline, 600)
     written = "".join(vocabulary[i] for i in np.asarray(drawn))

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -68,6 +69,8 @@ class Run:
     Attributes:
       step: where the run goes on from.
       rows: what metrics.jsonl holds, a dict a line.
+      seconds: how long the run has taken, all its parts together.
+      seconds_of_steps: the same without what it did aside.
 
     Raises:
       InputError: the folder holds a run that is not finished, or, to resume, one made with other
@@ -77,7 +80,7 @@ class Run:
 
     def __init__(self, folder: Path, settings: dict, *, resume: bool, every_steps: int | None):
         self.folder, self.settings, self.every_steps = folder, settings, every_steps
-        self.step, self._seconds = 0, 0.0
+        self.step, self.seconds, self.seconds_of_steps = 0, 0.0, 0.0
         self.rows: list[dict] = []
         self._signal: signal.Signals | None = None
         self._found = checkpoints.newest(folder) if resume else None
@@ -120,17 +123,18 @@ class Run:
             )
         os.truncate(self._path, size)
         self.rows = [json.loads(line) for line in data.splitlines()]
-        self.step, self._seconds = found.step, note["seconds"]
+        self.step, (self.seconds, self.seconds_of_steps) = found.step, note["seconds"]
 
     def __enter__(self):
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         self._metrics = open(self._path, "ab")
         self._sha256 = hashlib.sha256(self._path.read_bytes())
-        self._start = self._saved = time.monotonic()
+        self._last = self._saved = time.monotonic()
         return self
 
     def __exit__(self, *_):
+        self._clock()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._metrics.close()
@@ -140,10 +144,18 @@ class Run:
         for number in self._handlers:
             signal.signal(number, signal.SIG_DFL)
 
-    @property
-    def seconds(self) -> float:
-        """How long the run has taken, all its parts together."""
-        return self._seconds + time.monotonic() - self._start
+    def _clock(self, of_steps: bool = True) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._last
+        self.seconds_of_steps += of_steps * (now - self._last)
+        self._last = now
+
+    @contextlib.contextmanager
+    def aside(self):
+        """What is done within counts as the run's time, but not as that of its steps."""
+        self._clock()
+        yield
+        self._clock(of_steps=False)
 
     def restore(self, state: TrainState) -> TrainState:
         """The state that the run goes on from: the checkpoint's, or the one given, now saved."""
@@ -185,13 +197,14 @@ class Run:
             )
 
     def _save(self, state: TrainState) -> None:
+        self._clock()
         os.fsync(self._metrics.fileno())
         note = {
             "settings": self.settings,
             "versions": versions(),
             "metrics_bytes": self._metrics.tell(),
             "metrics_sha256": self._sha256.hexdigest(),
-            "seconds": self.seconds,
+            "seconds": [self.seconds, self.seconds_of_steps],
         }
         checkpoints.save(self.folder, self.step, to_arrays(state), note)
         self._saved = time.monotonic()
@@ -213,10 +226,10 @@ def parse(config: type, arguments: list[str] | None):
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│╭╮╰╯ ") for line in told.getvalue().splitlines()]
-        said = [line for line in lines[1:] if line]
-        until = next((i for i, line in enumerate(said) if line.startswith("─")), len(said))
-        raise InputError(" ".join(said[:until])) from None
+        # A title, and then, between rules, what is wrong, the flag's help and where there is more.
+        lines = [line.strip("│╭╮╰╯ ") for line in told.getvalue().splitlines()][1:]
+        parts = re.split("^[─-]+$", "\n".join(lines), flags=re.MULTILINE)
+        raise InputError(" ".join(next(filter(str.strip, parts)).split())) from None
 
 
 def exit_status(main: Callable[[], object]) -> int:

@@ -149,9 +149,13 @@ def check_batch(params, batch, h_0, activation, loss) -> None:
         raise TypeError(f"loss: expected a Loss(g, value, error), got {loss!r}")
 
 
-def _check_fields(params, batch, h_0) -> None:
+def check_is_batch(batch) -> None:
     if not hasattr(batch, "_fields") or "targets" not in batch._fields:
         raise TypeError(f"batch: expected Batch(xs, targets), got {type(batch).__name__}")
+
+
+def _check_fields(params, batch, h_0) -> None:
+    check_is_batch(batch)
     _check_sequence(params, batch.xs, h_0, batch.mask, batch.reset)
     check_array("targets", batch.targets)
     if not jnp.issubdtype(batch.targets.dtype, jnp.number) and batch.targets.dtype != jnp.bool_:
@@ -211,23 +215,22 @@ def _check_finite(name: str, values, counted=True, where_counted="") -> None:
         )
 
 
+@np.errstate(over="ignore")
 def _check_narrowing(name: str, values, counted=True) -> None:
     """Without x64, JAX takes 64 bits for 32 and says nothing."""
-    narrow = jax.dtypes.canonicalize_dtype(values.dtype)
-    with np.errstate(over="ignore", under="ignore"):
-        changed = (values.astype(narrow).astype(values.dtype) != values) & counted
-    if not changed.any():
+    narrow = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
+    changed = np.argwhere((narrow.astype(values.dtype) != values) & counted)
+    if not len(changed):
         return
-    where = tuple(int(i) for i in np.argwhere(changed)[0])
-    is_rounding = _is_float(narrow) and np.isfinite(values[changed].astype(narrow)).all()
+    where = tuple(int(i) for i in changed[0])
     message = (
-        f"{name}: expected values that {narrow} holds, as JAX turns {values.dtype} into it, got "
-        f"{values[where]!r} at {where}, which becomes {values[where].astype(narrow)!r}; "
-        f"{changed.sum()} of {values.size} change"
+        f"{name}: expected values that {narrow.dtype} holds, as JAX turns {values.dtype} into it, "
+        f"got {values[where].item()} at {where}, which becomes {narrow[where].item()}; "
+        f"{len(changed)} of {values.size} change"
     )
-    if not is_rounding:
+    if is_integer(narrow) or not np.isfinite(narrow[tuple(changed.T)]).all():
         raise ValueError(message)
-    warnings.warn(f"{message}. Say so with .astype({narrow})", stacklevel=4)
+    warnings.warn(f"{message}. To agree, pass .astype({narrow.dtype})", stacklevel=4)
 
 
 def check_values(params, batch, h_0=None) -> None:

@@ -55,6 +55,7 @@ def evaluate(
     total = count = 0.0
     h = h_0
     for batch in [batches] if isinstance(batches, Batch) else batches:
+        checks.check_is_batch(batch)
         value, h_T, counted = _value_state_count(loss_fn, params, batch, h)
         total, count = total + value.item() * counted.item(), count + counted.item()
         h = None if h_0 is None else h_T
