@@ -67,7 +67,7 @@ class Run:
     Within `with run:` SIGINT and SIGTERM wait for `keep`.
 
     Attributes:
-      step: where the run goes on from.
+      step: the last one in metrics.jsonl.
       rows: what metrics.jsonl holds, a dict a line.
       seconds: how long the run has taken, all its parts together.
       seconds_of_steps: the same without what it did aside.
@@ -83,6 +83,7 @@ class Run:
         self.step, self.seconds, self.seconds_of_steps = 0, 0.0, 0.0
         self.rows: list[dict] = []
         self._signal: signal.Signals | None = None
+        self._handlers: dict = {}
         self._found = checkpoints.newest(folder) if resume else None
         self._path = folder / "metrics.jsonl"
         if self._found is not None:
@@ -95,8 +96,10 @@ class Run:
                 f"{checkpoints.steps(folder)[-1]}: --resume continues it, another --out spares it"
             )
         if self._found is None:
-            (folder / "summary.json").unlink(missing_ok=True)
+            for step in checkpoints.steps(folder):
+                checkpoints.file_of(folder, step).unlink()
             self._path.write_bytes(b"")
+            (folder / "summary.json").unlink(missing_ok=True)
 
     def _continue(self, found: checkpoints.Checkpoint) -> None:
         note = found.note if isinstance(found.note, dict) else {}
@@ -126,8 +129,11 @@ class Run:
         self.step, (self.seconds, self.seconds_of_steps) = found.step, note["seconds"]
 
     def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if (
+                signal.getsignal(number) != signal.SIG_IGN
+            ):  # a shell's background job ignores SIGINT
+                self._handlers[number] = signal.signal(number, self._on_signal)
         self._metrics = open(self._path, "ab")
         self._sha256 = hashlib.sha256(self._path.read_bytes())
         self._last = self._saved = time.monotonic()
@@ -141,8 +147,8 @@ class Run:
 
     def _on_signal(self, number, _):
         self._signal = signal.Signals(number)
-        for number in self._handlers:
-            signal.signal(number, signal.SIG_DFL)
+        for each in self._handlers:
+            signal.signal(each, signal.SIG_DFL)
 
     def _clock(self, of_steps: bool = True) -> None:
         now = time.monotonic()

@@ -157,7 +157,7 @@ def save(
     [[1.0, 0.0], [0.0, 1.0]]
     """
     path = file_of(folder, step)
-    if not FILE_NAME.fullmatch(path.name) or isinstance(step, bool):
+    if not FILE_NAME.fullmatch(path.name):
         raise ValueError(f"step: expected an integer of at least 0, got {step!r}")
     if keep < 1:
         raise ValueError(f"keep: expected at least 1, got {keep}")
@@ -184,10 +184,10 @@ def save(
                 os.unlink(temporary)
             raise
         _sync_folder(folder)
-        older = [other for other in steps(folder) if other < step]
-        later = [other for other in steps(folder) if other > step]
-        for other in older[: max(0, len(older) - keep + 1)] + later:
-            os.unlink(file_of(folder, other))
+        kept = [other for other in steps(folder) if other <= step][-keep:]
+        for other in steps(folder):
+            if other not in kept:
+                os.unlink(file_of(folder, other))
     except OSError as error:
         raise CheckpointError(f"{path}: expected to write it, got: {error}") from error
     return path
@@ -281,7 +281,7 @@ def load(path: str | os.PathLike) -> Checkpoint:
         return found
     # NumPy, zipfile and json raise a dozen kinds of exception at what they cannot read.
     except Exception as error:
-        raise CheckpointError(f"{path}: {error or type(error).__name__}") from error
+        raise CheckpointError(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 def newest(folder: str | os.PathLike) -> Checkpoint | None:
