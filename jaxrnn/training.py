@@ -1,5 +1,6 @@
 """5. The training loop: epochs over batches until the held-out loss stops falling."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -116,11 +117,11 @@ def _make_epoch(update, batch_size: int):
 
 @jax.jit
 def _mean_loss(metrics) -> Array:
-    """Over the updates that were done."""
+    """Over the updates that were done; NaN where none was."""
     done = metrics.skipped == 0
     counted = jnp.where(done, metrics.counted, 0).sum()
     total = jnp.where(done, metrics.loss * metrics.counted, 0).sum()
-    return total / jnp.where(counted == 0, 1.0, counted)
+    return jnp.where(done.any(), total / jnp.where(counted == 0, 1.0, counted), jnp.nan)
 
 
 def _stream_epoch(update, state, train, h_0, max_skipped):
@@ -158,11 +159,14 @@ def _count_skipped(metrics, step: int, norms: list[float], max_skipped: int) -> 
     return count
 
 
-def _checked(params, batches, h_0):
-    """Each batch, once its values have been looked at."""
-    for batch in batches:
+def _checked(params, h_0, batches):
+    """The batches, each looked at as it comes; `_check_fit` has looked at a Batch."""
+
+    def look(batch):
         checks.check_values(params, batch, h_0)
-        yield batch
+        return batch
+
+    return batches if isinstance(batches, Batch) else map(look, batches)
 
 
 def _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience, max_skipped):
@@ -194,20 +198,26 @@ def _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience,
 
 def _start(params, optimizer, h_0, resume):
     """What to go on from: a copy of it, since an update donates its state."""
+    state = init_state(params, optimizer, h_0)
     if resume is None:
-        return Fit(init_state(params, optimizer, h_0), params, [], converged=False)
+        return Fit(state, params, [], converged=False)
     if not isinstance(resume, Fit):
         raise TypeError(f"resume: expected a Fit or None, got {type(resume).__name__}")
-    for name, leaf, like in zip(params._fields, resume.state.params, params, strict=True):
-        checks.check_shape(f"resume.state.params.{name}", leaf, like.shape, "as in params")
+    expected, got = (jax.tree.map(jnp.shape, each) for each in (state, resume.state))
+    if expected != got:
+        raise ValueError(
+            f"resume: expected the state of these params, optimizer and h_0, {expected}, got {got}"
+        )
     state, best = jax.tree.map(jnp.copy, (resume.state, resume.best))
     return Fit(state, best, list(resume.history), converged=False)
 
 
-def _wait(lowest: float, waited: int, held_out: float, tolerance: float) -> tuple[float, int]:
+def _wait(lowest: float, waited: int, row: Evaluation, tolerance: float) -> tuple[float, int]:
     """The lowest loss so far, and the epochs since one was lower by `tolerance`."""
-    waited = 0 if held_out < lowest - tolerance else waited + 1
-    return min(lowest, held_out), waited
+    if math.isnan(row.train_loss):  # nothing was trained: for max_skipped to judge
+        return lowest, waited
+    waited = 0 if row.valid_loss < lowest - tolerance else waited + 1
+    return min(lowest, row.valid_loss), waited
 
 
 def fit(
@@ -282,28 +292,26 @@ def fit(
 
     state, best, history, _ = result
     lowest, waited = float("inf"), 0
-    norms: list[float] = []
     for row in history:
-        lowest, waited = _wait(lowest, waited, row.valid_loss, tolerance)
+        lowest, waited = _wait(lowest, waited, row, tolerance)
+    norms: list[float] = []
     first = len(history) + 1
     for epoch in range(first, max_epochs + 1):
         if waited >= patience:
             break
+        look = partial(_checked, params, h_0) if epoch == first else lambda batches: batches
         if isinstance(train, Batch):
             state, metrics = shuffled_epoch(state, train, jax.random.fold_in(key, epoch))
         else:
-            batches = _checked(params, train, h_0) if epoch == first else train
-            state, metrics = _stream_epoch(update, state, batches, h_0, max_skipped)
+            state, metrics = _stream_epoch(update, state, look(train), h_0, max_skipped)
         skipped = _count_skipped(metrics, state.step.item(), norms, max_skipped)
         train_loss = held_out = _mean_loss(metrics).item()
         if valid is not None:
-            iterate = epoch == first and not isinstance(valid, Batch)
-            batches = _checked(params, valid, h_0) if iterate else valid
-            held_out = evaluate(state.params, batches, h_0, loss_fn=loss_fn)
+            held_out = evaluate(state.params, look(valid), h_0, loss_fn=loss_fn)
         history.append(Evaluation(epoch, train_loss, held_out, skipped))
         if held_out < lowest:
             best = jax.tree.map(jnp.copy, state.params)
-        lowest, waited = _wait(lowest, waited, held_out, tolerance)
+        lowest, waited = _wait(lowest, waited, history[-1], tolerance)
         result = Fit(state, best, history, converged=waited >= patience)
         if callback is not None:
             callback(result)

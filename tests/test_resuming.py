@@ -144,7 +144,11 @@ def test_fit_refuses_a_checkpoint_of_another_network(params, tmp_path):
     larger = jaxrnn.init(jax.random.key(0), 3, 6, 2)
     with pytest.raises(CheckpointError, match=r"0.params.W_x: expected float32 of shape \(6, 3\)"):
         jaxrnn.load_fit(tmp_path, larger, rule)
-    with pytest.raises(ValueError, match=r"resume.state.params.W_x: expected shape \(6, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"resume: expected the state of these .*W_x=\(6, 3\).*5, 3"
+    ):
         run(params=larger, resume=result)
+    with pytest.raises(ValueError, match=r"resume: expected the state of .*mu=Params.*, got "):
+        run(params=params, resume=result, optimizer=ADAM)
     with pytest.raises(TypeError, match="resume: expected a Fit or None, got tuple"):
         run(params=params, resume=(result.state, result.best))

@@ -198,6 +198,21 @@ def test_so_do_too_many_over_the_end_of_an_epoch(params):
         )  # fmt: skip
 
 
+def test_an_epoch_in_which_nothing_was_trained_is_no_best_and_no_matter_of_patience(params):
+    whole = parity(jax.random.key(1))._replace(weights=jnp.full((8, 50), 1e38))
+    fit = partial(
+        jaxrnn.fit, jax.random.key(0), params, whole, optimizer=optax.adam(1e-2),
+        gradient_fn=spoiling, patience=2, max_skipped=4,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="1 of the 1 updates"):
+        result = fit(max_epochs=3)
+    assert [row.skipped for row in result.history] == [1, 1, 1]
+    assert all(np.isnan(row[1:3]).all() for row in result.history)
+    assert not result.converged
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 4: "):
+        fit(max_epochs=9, resume=result)
+
+
 class Cycle:
     """Other batches in each epoch."""
 
