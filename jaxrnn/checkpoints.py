@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import struct
@@ -139,7 +138,7 @@ def save(
       step: at least 0. Checkpoints of later steps are removed: a run that went back to `step` will
         write them anew.
       arrays: numbers or bool, by name.
-      note: plain data for JSON, at most 1 MiB with the names.
+      note: plain data for JSON, at most 1 MiB with the names of the arrays.
       keep: how many of the newest checkpoints stay, this one included.
 
     Returns:
@@ -164,8 +163,9 @@ def save(
     arrays = _checked(arrays)
     described = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
     index = json.dumps({"format": 1, "step": int(step), "note": note, "arrays": described}).encode()
-    if len(index) > INDEX_LIMIT:
-        raise ValueError(f"note: expected at most {INDEX_LIMIT} bytes of JSON, got {len(index)}")
+    size = len(index) + sum(80 + len(name) for name in arrays)  # with the zip's own directory
+    if size > INDEX_LIMIT:
+        raise ValueError(f"note: expected at most {INDEX_LIMIT} bytes with all names, got {size}")
 
     data = _packed(index, arrays)
 
@@ -224,10 +224,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, dtype: str, shape: list[int
     proper = all(type(length) is int and length >= 0 for length in shape)
     _expect(proper, f"the shape of {name} to be lengths", shape)
     header = _npy_header(dtype, tuple(shape))
-    size = len(header) + math.prod(shape) * np.dtype(dtype).itemsize
-    info = archive.getinfo(name + ".npy")
-    _expect(info.file_size == size, f"{size} bytes of {name} {shape}", info.file_size)
-    data = archive.read(info)
+    data = archive.read(name + ".npy")
     _expect(data.startswith(header), f"{name} to begin as {dtype} {shape}", data[: len(header)])
     return np.frombuffer(data, dtype, offset=len(header)).reshape(shape)
 
@@ -239,7 +236,8 @@ def _read(file: BinaryIO) -> Checkpoint:
     digest = _digest(file, size - DIGEST_SIZE)
     file.seek(-end, os.SEEK_END)
     trailer = file.read(end)
-    _expect(trailer[-DIGEST_SIZE:] == digest, f"SHA-256 {digest!r}", trailer[-DIGEST_SIZE:])
+    ending = trailer[-DIGEST_SIZE:]
+    _expect(ending == digest, f"the file to end with its SHA-256 {digest!r}", ending)
     directory_size = DIRECTORY_END.unpack_from(trailer)[5]
     _expect(directory_size <= INDEX_LIMIT, f"a directory of {INDEX_LIMIT} bytes", directory_size)
 

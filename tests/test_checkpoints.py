@@ -113,7 +113,7 @@ def test_no_checkpoint_is_none(tmp_path):
         (0, {"": 1}, {}, ValueError, r"arrays: expected names .*, got ''"),
         (0, {"W": [None]}, {}, TypeError, "arrays: expected numbers or bool in W, got object"),
         (0, {"W": "text"}, {}, TypeError, "arrays: expected numbers or bool in W, got <U4"),
-        (0, {}, {"note": "x" * 2**20}, ValueError, "note: expected at most 1048576 bytes of JSON"),
+        (0, {}, {"note": "x" * 2**20}, ValueError, "note: expected at most 1048576 bytes with"),
         (0, {}, {"note": {1j}}, TypeError, "Object of type set is not JSON serializable"),
     ],
 )
@@ -123,6 +123,18 @@ def test_what_no_checkpoint_can_hold_is_refused(
     with pytest.raises(exception, match="^" + message):
         checkpoints.save(tmp_path, step, arrays, **keywords)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_saved_can_be_loaded_however_large(tmp_path, monkeypatch):
+    """Thousands of arrays; and zip64, which takes over from 2 GB on, here from 100 bytes on."""
+    many = {f"{i}": np.int8(i % 100) for i in range(9000)}
+    same(checkpoints.load(checkpoints.save(tmp_path, 1, many)), many)
+    with pytest.raises(ValueError, match=r"^note: expected at most 1048576 bytes with"):
+        checkpoints.save(tmp_path, 1, {f"{i}": np.int8(0) for i in range(12_000)})
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    path = checkpoints.save(tmp_path, 2, ARRAYS)
+    assert b"PK\x06\x06" in path.read_bytes()
+    same(checkpoints.load(path), ARRAYS)
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path):
@@ -192,6 +204,7 @@ def test_damage_is_always_seen_and_the_run_falls_back(tmp_path):
 
 # Hostility: files with a right checksum, made to harm whoever reads them.
 
+LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 DATA = np.arange(3, dtype="<f4")
 INDEX = {"format": 1, "step": 1, "note": None, "arrays": {"W": ["<f4", [3]]}}
 
@@ -244,6 +257,16 @@ def patched(signature: bytes, offset: int, layout: str, value: int) -> bytes:
     return sealed(bytes(data))
 
 
+def crowded(count: int) -> bytes:
+    """A directory that names its first member over and over: 50 bytes on disk, 700 in memory."""
+    data = forged()
+    start, end = data.find(CENTRAL), data.find(END)
+    first = data[start : data.find(CENTRAL, start + 4)]
+    data = bytearray(data[:start] + count * first + data[end:])
+    struct.pack_into("<L", data, data.find(END) + 12, count * len(first))
+    return sealed(bytes(data))
+
+
 class Bomb:
     """Unpickled, it would make a folder."""
 
@@ -252,7 +275,6 @@ class Bomb:
 
 
 PICKLE = pickle.dumps(Bomb())
-LOCAL, CENTRAL, END = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 DEEP = b"[" * 100_000
 
 HOSTILE = {
@@ -321,6 +343,7 @@ HOSTILE = {
     "directory far away": patched(END, 16, "<L", 0x7FFFFFFF),
     "no directory": patched(END, 0, "<L", 0),
     "20,000 members": forged(more=[(f"{i}.npy", b"") for i in range(20_000)]),
+    "a crowded directory": crowded(300_000),
     "a member more": forged(more=[("b.npy", npy(DATA))]),
     "a member twice": pytest.param,
     "index missing": forged({}),
