@@ -42,7 +42,7 @@ class Config:
     """Trains a character-level language model with a plain tanh network.
 
     Exit status: 0 done; 2 bad usage or input; 3 files that are damaged or cannot be written; 4 too
-    many updates in a row without finite numbers; 130 or 143 stopped by SIGINT or SIGTERM, and saved.
+    many updates in a row without finite numbers; 130, 143 stopped by SIGINT, SIGTERM, and saved.
     """
 
     text: Path | None = None

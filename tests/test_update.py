@@ -149,10 +149,11 @@ def test_counted_is_the_weight_of_the_steps_that_exist(params, batch):
 
 # Numbers that go wrong: each of these is planted in one batch of a stream.
 
-BAD = {"nan": jnp.nan, "inf": jnp.inf, "-inf": -jnp.inf}
+BAD = {"nan": jnp.nan, "inf": jnp.inf, "-inf": -jnp.inf, "huge": 1e30}
 SPOILT = ["loss", *Params._fields, "h_T"]
-PLANTED = [f"{place} {bad}" for place in ["xs", "targets", *SPOILT] for bad in BAD]
-PLANTED += ["weights nan", "h nan", "h inf", "params nan", "update overflows"]
+PLANTED = [f"{place} {bad}" for place in ["xs", "targets", *SPOILT] for bad in list(BAD)[:3]]
+PLANTED += ["weights nan", "h nan", "h inf", "params nan", "square overflows"]
+PLANTED += ["W_h huge"]  # Adam would take its square, which is infinite, and go on
 
 
 def spoiling(params, batch, h):
@@ -160,7 +161,7 @@ def spoiling(params, batch, h):
 
     def spoil(place, x):
         for number, bad in enumerate(BAD.values()):
-            code = 100 + 3 * SPOILT.index(place) + number
+            code = 100 + len(BAD) * SPOILT.index(place) + number
             spoilt = x.at[(0,) * x.ndim].set(bad)
             x = jnp.where(batch.weights[0, 0] == code, spoilt, x)
         return x
@@ -174,7 +175,7 @@ def spoiling(params, batch, h):
 def plant(name, batch, state):
     place, _, bad = name.rpartition(" ")
     if place in SPOILT:
-        code = 100 + 3 * SPOILT.index(place) + list(BAD).index(bad)
+        code = 100 + len(BAD) * SPOILT.index(place) + list(BAD).index(bad)
         return batch._replace(weights=batch.weights.at[0, 0].set(code)), state
     if place in ("xs", "targets", "weights"):
         leaf = getattr(batch, place)
