@@ -93,13 +93,14 @@ def test_a_run_resumes_from_its_last_checkpoint_to_the_same_bytes(
     assert char_lm_in(out=tmp_path / "whole") == 0
     expected = results(tmp_path / "whole")
     assert expected["step"] == 20
-    for step in (14, 3):  # the end of an epoch; before the first checkpoint but that of step 0
-        out = tmp_path / f"killed-{step}"
-        stopped_at(step, kill)
-        with pytest.raises(Killed):
-            char_lm_in(out=out)
-        monkeypatch.undo()
-        assert checkpoints.steps(out)[-1] == step // 6 * 6
+    for kills in ((14,), (3, 13)):  # the end of an epoch; before the first checkpoint, and again
+        out = tmp_path / f"killed-{len(kills)}"
+        for step, flags in zip(kills, ([], ["--resume"]), strict=False):
+            stopped_at(step, kill)
+            with pytest.raises(Killed):
+                char_lm_in(*flags, out=out)
+            monkeypatch.undo()
+            assert checkpoints.steps(out)[-1] == step // 6 * 6
         assert char_lm_in("--resume", "--checkpoint-every-steps", "4", out=out) == 0
         assert results(out) == expected
     # A run that is done resumes to where it was; one that never was starts.
