@@ -130,8 +130,9 @@ def save(
 ) -> Path:
     """Writes `checkpoint-<step>.npz`, and removes those that it makes superfluous.
 
-    When it returns, the file is whole and on the disk. If it raises, or the machine stops, what was
-    there before still is. One process at a time may save to a folder.
+    When it returns, the file is whole and on the disk. If it raises, or the machine stops, there is
+    what was there before, or the new file, whole. One process at a time may save to a folder; its
+    system must be able to sync a folder (POSIX).
 
     Args:
       folder: where; it must exist.
