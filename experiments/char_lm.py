@@ -4,13 +4,19 @@ The text is laid out in `batch_size` parallel streams. Each update sees the next
 of every stream and starts from the state that the last window ended in.
 
     python -m experiments.char_lm --text FILE --out DIR
+    python -m experiments.char_lm --text FILE --out DIR --resume
+
+The second goes on where the first was stopped and ends in the same bytes.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
+import os
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,12 +26,13 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-import tyro
 from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
-from jaxrnn import Batch, Params
+from experiments import runs
+from experiments.runs import InputError, Run
+from jaxrnn import Batch, Diverged, Params
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,7 +40,11 @@ import matplotlib.pyplot as plt
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains a character-level language model with a plain tanh network."""
+    """Trains a character-level language model with a plain tanh network.
+
+    Exit status: 0 done; 2 bad usage or input; 3 files that are damaged or cannot be written; 4 too
+    many updates in a row without finite numbers; 130, 143 stopped by SIGINT, SIGTERM, and saved.
+    """
 
     text: Path | None = None
     """A UTF-8 text file. By default CPython's own documentation, `pydoc_data.topics`."""
@@ -50,11 +61,15 @@ class Config:
     seed: int = 0
     """Of the initial parameters and the sample."""
     out: Path = Path("runs/char_lm")
-    """The folder for config, metrics, summary, curve and sample."""
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; the message is the one line to print."""
+    """The folder for config, metrics, checkpoints, summary, curve and sample."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`; the other settings must be what they were."""
+    checkpoint_every_steps: int | None = None
+    """Updates between checkpoints. By default as many as take 30 seconds."""
+    devices: int = 1
+    """Devices that the streams are split over; of a CPU, so many of its cores."""
+    max_skipped: int = 10
+    """Updates in a row without a finite loss and gradient after which the run is given up."""
 
 
 def read_text(path: Path | None) -> str:
@@ -100,13 +115,13 @@ def streams(ids: np.ndarray, batch_size: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf.reshape(batch_size, T).T, batch)
 
 
-def endless(stream: Batch, window: int) -> Iterator[tuple[bool, Batch]]:
-    """Windows of the stream, over and over; with each, whether it begins the text anew."""
-    whole = stream.xs.shape[0] // window * window
-    stream = jax.tree.map(lambda leaf: leaf[:whole], stream)
-    while True:
-        for i, batch in enumerate(jaxrnn.windows(stream, window)):
-            yield i == 0, batch
+def endless(stream: Batch, window: int, seen: int) -> Iterator[tuple[bool, Batch]]:
+    """Windows of the stream, over and over, after the first `seen` of them; with each, whether it
+    begins the text anew."""
+    count = stream.xs.shape[0] // window
+    for i in itertools.count(seen):
+        start = i % count * window
+        yield start == 0, jax.tree.map(lambda leaf, at=start: leaf[at : at + window], stream)
 
 
 @partial(jax.jit, static_argnames="length")
@@ -143,86 +158,160 @@ def draw(curve: list[dict], path: Path) -> None:
     plt.close(fig)
 
 
-def train(config: Config, vocabulary: list[str], parts, metrics_file) -> tuple[Params, dict]:
-    """Trains for config.steps updates; a line of metrics for each."""
-    stream, valid, test = (streams(part, config.batch_size) for part in parts)
+def bits(params: Params, data: Batch, config: Config) -> float:
+    """Bits per character on held-out streams, the state carried along from zeros."""
+    h_0 = jnp.zeros((config.batch_size, config.hidden_size))
+    parts = jaxrnn.windows(data, 16 * config.window)
+    return jaxrnn.evaluate(params, parts, h_0) / math.log(2)
+
+
+def train(config: Config, vocabulary: list[str], stream: Batch, valid: Batch, run: Run) -> Params:
+    """Trains up to config.steps updates; a line of metrics for each."""
     params = jaxrnn.init(
         jax.random.key(config.seed), len(vocabulary), config.hidden_size, len(vocabulary)
     )
+    for data in (stream, valid):
+        jaxrnn.check_values(params, data)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
     zeros = np.zeros((config.batch_size, config.hidden_size), np.float32)
     state = jaxrnn.init_state(params, optimizer, h=jnp.asarray(zeros))
-    update = jaxrnn.make_update(jaxrnn.bptt, optimizer)
+    mesh = jax.sharding.Mesh(jax.devices()[: config.devices], ("batch",))
+    gradient_fn = jaxrnn.data_parallel(jaxrnn.bptt, mesh) if config.devices > 1 else jaxrnn.bptt
+    update = jaxrnn.make_update(gradient_fn, optimizer)
 
-    def bits(data: Batch) -> float:
-        parts = jaxrnn.windows(data, 16 * config.window)
-        return jaxrnn.evaluate(state.params, parts, jnp.asarray(zeros)) / math.log(2)
-
-    rows: list[dict] = []
     evaluate_every = max(1, config.steps // 10)
-    start, evaluating = time.perf_counter(), 0.0
-    batches = endless(stream, config.window)
-    with tqdm(total=config.steps, unit="step", disable=None) as bar:
-        for number in range(1, config.steps + 1):
+    batches = endless(stream, config.window, seen=run.step)
+    with run, tqdm(total=config.steps, initial=run.step, unit="step", disable=None) as bar:
+        state = run.restore(state)
+        for number in range(run.step + 1, config.steps + 1):
             anew, batch = next(batches)
             if anew:
                 state = state._replace(h=jnp.asarray(zeros))
             state, metrics = update(state, batch)
-            row = {"step": number, "train_bpc": metrics.loss.item() / math.log(2)}
-            row["gradient_norm"] = metrics.gradient_norm.item()
+            row = report(number, metrics)
             if number % evaluate_every == 0 or number == config.steps:
-                before = time.perf_counter()
-                row["valid_bpc"] = bits(valid)
-                evaluating += time.perf_counter() - before
+                with run.aside():
+                    row["valid_bpc"] = bits(state.params, valid, config)
                 bar.set_postfix(valid=f"{row['valid_bpc']:.3f} bpc", refresh=False)
-            rows.append(row)
-            metrics_file.write(json.dumps(row) + "\n")
+            run.log(row)
+            stop_if_diverged(run.rows, config.max_skipped)
+            run.keep(state, last=number == config.steps)
             bar.set_description(f"{row['train_bpc']:.3f} bpc", refresh=False)
             bar.update()
-    seconds = time.perf_counter() - start
-    recent = rows[-100:]
-    summary = {
-        "train_bpc": sum(row["train_bpc"] for row in recent) / len(recent),
-        "valid_bpc": rows[-1]["valid_bpc"],
-        "test_bpc": bits(test),
+    return state.params
+
+
+def summarize(config: Config, run: Run, params: Params, test_bpc: float) -> dict:
+    recent = [row["train_bpc"] for row in run.rows[-100:] if "skipped" not in row]
+    return {
+        "train_bpc": sum(recent) / max(1, len(recent)),
+        "valid_bpc": run.rows[-1]["valid_bpc"],
+        "test_bpc": test_bpc,
         "steps": config.steps,
-        "seconds": seconds,
-        "milliseconds_per_step": 1e3 * (seconds - evaluating) / config.steps,
+        "skipped": sum("skipped" in row for row in run.rows),
+        "seconds": run.seconds,
+        "milliseconds_per_step": 1e3 * run.seconds_of_steps / config.steps,
         "parameters": sum(leaf.size for leaf in params),
-        "vocabulary": len(vocabulary),
+        "vocabulary": params.W_y.shape[0],
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    draw(rows, config.out / "curve.png")
-    return state.params, summary
+
+
+def report(number: int, metrics: jaxrnn.Metrics) -> dict:
+    """A row of metrics; `skipped` is in it where the update was, with how many in a row were."""
+    row = {
+        "step": number,
+        "train_bpc": metrics.loss.item() / math.log(2),
+        "gradient_norm": metrics.gradient_norm.item(),
+    }
+    if skipped := metrics.skipped.item():
+        row["skipped"] = skipped
+    if skipped == 1:
+        print(f"step {number}: skipped, as loss or gradient are not finite", file=sys.stderr)
+    return row
+
+
+def stop_if_diverged(rows: list[dict], max_skipped: int) -> None:
+    if rows[-1].get("skipped", 0) >= max_skipped:
+        norms = [row["gradient_norm"] for row in rows[-2 * max_skipped :]]
+        raise Diverged(rows[-1]["step"], max_skipped, norms)
 
 
 def check_config(config: Config) -> None:
-    for name in ("steps", "hidden_size", "batch_size", "window"):
+    for name in ("steps", "hidden_size", "batch_size", "window", "devices", "max_skipped"):
         if getattr(config, name) < 1:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag}: expected at least 1, got {getattr(config, name)}")
-    if not 0 < config.learning_rate < math.inf:
-        raise InputError(f"--learning-rate: expected above 0, got {config.learning_rate}")
+    if config.checkpoint_every_steps is not None and config.checkpoint_every_steps < 1:
+        raise InputError(
+            f"--checkpoint-every-steps: expected at least 1, got {config.checkpoint_every_steps}"
+        )
+    float32 = np.finfo(np.float32)
+    if not float(float32.tiny) <= config.learning_rate <= float(float32.max):
+        raise InputError(
+            f"--learning-rate: expected above 0 in float32, got {config.learning_rate}"
+        )
+    if not 0 <= config.seed < 2**32 - 1:
+        raise InputError(f"--seed: expected at least 0, below {2**32 - 1}, got {config.seed}")
+
+
+def check_memory(config: Config, vocabulary: list[str]) -> None:
+    """XLA aborts the process where there is not enough."""
+    H, V, steps = config.hidden_size, len(vocabulary), config.batch_size * config.window
+    needed = 4 * (5 * H * (H + 2 * V) + 2 * steps * (H + V)) / 1e9
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if needed > there:
+        raise InputError(
+            f"--hidden-size: expected what {there:.0f} GB of memory can hold, got {H}, which needs "
+            f"{needed:.0f} GB"
+        )
+
+
+def find_devices(config: Config) -> None:
+    if config.batch_size % config.devices:
+        raise InputError(
+            f"--devices: expected a divisor of batch_size {config.batch_size}, got {config.devices}"
+        )
+    if config.devices > 1:
+        with contextlib.suppress(RuntimeError):  # JAX is in use already, with what devices it has
+            jax.config.update("jax_num_cpu_devices", config.devices)
+    if len(jax.devices()) < config.devices:
+        raise InputError(f"--devices: expected at most {len(jax.devices())}, got {config.devices}")
+
+
+def settings_of(config: Config, text: str) -> dict:
+    """What decides the result: a run that resumes must have the same."""
+    settings = dataclasses.asdict(config)
+    for name in ("out", "resume", "checkpoint_every_steps", "devices"):
+        del settings[name]
+    settings["text"] = f"SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
+    return {"experiment": "char_lm", **settings}
 
 
 def main(config: Config) -> dict:
     check_config(config)
+    find_devices(config)
     text = read_text(config.text)
     vocabulary, parts = split(text, config)
+    check_memory(config, vocabulary)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{config.out}: expected a folder to write to: {error.strerror}") from None
-    settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(config).items()}
-    (config.out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    with open(config.out / "metrics.jsonl", "w", buffering=1) as metrics_file:
-        params, summary = train(config, vocabulary, parts, metrics_file)
-    (config.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    settings, every = settings_of(config, text), config.checkpoint_every_steps
+    run = Run(config.out, settings, resume=config.resume, every_steps=every)
+    flags = {key: str(v) if isinstance(v, Path) else v for key, v in vars(config).items()}
+    runs.write_whole(config.out / "config.json", json.dumps(flags, indent=2) + "\n")
+    stream, valid, test = (streams(part, config.batch_size) for part in parts)
+    params = train(config, vocabulary, stream, valid, run)
+    summary = summarize(config, run, params, bits(params, test, config))
+    draw(run.rows, config.out / "curve.png")
     newline = jnp.array(vocabulary.index("\n") if "\n" in vocabulary else 0)
     drawn = sample(jax.random.key(config.seed + 1), params, newline, 600)
     written = "".join(vocabulary[i] for i in np.asarray(drawn))
     (config.out / "sample.txt").write_text(written + "\n", encoding="utf-8")
+    runs.write_whole(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     for name in ("train_bpc", "valid_bpc", "test_bpc"):
         print(f"{name:<10} {summary[name]:.3f}")
     print(f"{config.steps} steps in {summary['seconds']:.1f} s; all of it is in {config.out}\n")
@@ -232,12 +321,7 @@ def main(config: Config) -> dict:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        main(tyro.cli(Config, args=arguments))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return runs.exit_status(lambda: main(runs.parse(Config, arguments)))
 
 
 if __name__ == "__main__":

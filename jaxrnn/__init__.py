@@ -14,24 +14,29 @@ Shapes: T steps, any number of batch axes, time first: xs (T, *batch, I), hs (T,
 ys (T, *batch, O). A plural is a trajectory, a leading d the derivative of the loss.
 """
 
-from jaxrnn import interop
+from jaxrnn import checkpoints, interop
 from jaxrnn.activations import Activation, identity, relu, sigmoid, tanh
 from jaxrnn.backward import bptt
+from jaxrnn.checkpoints import Checkpoint, CheckpointError
 from jaxrnn.checks import check_values
 from jaxrnn.flow import Flow, gradient_flow
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
 from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, squared_error
 from jaxrnn.parallel import data_parallel
 from jaxrnn.params import Params, init, scaled_identity
+from jaxrnn.resuming import from_arrays, load_fit, save_fit, to_arrays
 from jaxrnn.sequences import Batch, buckets, mask_from_lengths, pad, unpad, windows
 from jaxrnn.training import Evaluation, Fit, evaluate, fit
-from jaxrnn.update import Metrics, TrainState, init_state, make_update, sgd
+from jaxrnn.update import Diverged, Metrics, TrainState, init_state, make_update, sgd
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
     "Batch",
+    "Checkpoint",
+    "CheckpointError",
+    "Diverged",
     "Evaluation",
     "Fit",
     "Flow",
@@ -43,20 +48,24 @@ __all__ = [
     "bptt",
     "buckets",
     "check_values",
+    "checkpoints",
     "cross_entropy",
     "data_parallel",
     "evaluate",
     "fit",
+    "from_arrays",
     "gradient_flow",
     "hidden_states",
     "identity",
     "init",
     "init_state",
     "interop",
+    "load_fit",
     "make_update",
     "mask_from_lengths",
     "pad",
     "relu",
+    "save_fit",
     "scaled_identity",
     "sequence_loss",
     "sgd",
@@ -64,6 +73,7 @@ __all__ = [
     "squared_error",
     "step",
     "tanh",
+    "to_arrays",
     "unpad",
     "unroll",
     "windows",

@@ -4,6 +4,8 @@ Each message names the argument, what was expected and what came. Nothing here c
 a function is compiled. What only values can show is `check_values`, on the host, once, before.
 """
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +127,10 @@ def check_step(params, h, x, activation) -> None:
 def check_sequence(params, xs, h_0, activation, mask, reset) -> None:
     check_params(params)
     _check_activation(activation)
+    _check_sequence(params, xs, h_0, mask, reset)
+
+
+def _check_sequence(params, xs, h_0, mask, reset) -> None:
     _check_input("xs", params, xs, "T, *batch")
     shape = steps_shape(xs)
     if not shape:
@@ -136,10 +142,24 @@ def check_sequence(params, xs, h_0, activation, mask, reset) -> None:
 
 
 def check_batch(params, batch, h_0, activation, loss) -> None:
+    check_params(params)
+    _check_activation(activation)
+    _check_fields(params, batch, h_0)
+    if not all(callable(getattr(loss, part, None)) for part in ("g", "value", "error")):
+        raise TypeError(f"loss: expected a Loss(g, value, error), got {loss!r}")
+
+
+def check_is_batch(batch) -> None:
     if not hasattr(batch, "_fields") or "targets" not in batch._fields:
         raise TypeError(f"batch: expected Batch(xs, targets), got {type(batch).__name__}")
-    check_sequence(params, batch.xs, h_0, activation, batch.mask, batch.reset)
+
+
+def _check_fields(params, batch, h_0) -> None:
+    check_is_batch(batch)
+    _check_sequence(params, batch.xs, h_0, batch.mask, batch.reset)
     check_array("targets", batch.targets)
+    if not jnp.issubdtype(batch.targets.dtype, jnp.number) and batch.targets.dtype != jnp.bool_:
+        raise TypeError(f"targets: expected numbers, got {batch.targets.dtype}")
     shape = steps_shape(batch.xs)
     if batch.targets.shape[: len(shape)] != shape:
         raise ValueError(
@@ -151,13 +171,23 @@ def check_batch(params, batch, h_0, activation, loss) -> None:
         if not _is_float(batch.weights.dtype):
             raise TypeError(f"weights: expected a floating-point dtype, got {batch.weights.dtype}")
         check_shape("weights", batch.weights, shape, "T, *batch as xs has")
-    if not all(callable(getattr(loss, part, None)) for part in ("g", "value", "error")):
-        raise TypeError(f"loss: expected a Loss(g, value, error), got {loss!r}")
 
 
 def check_checkpoint_every(checkpoint_every) -> None:
     if checkpoint_every is not None:
         check_size("checkpoint_every", checkpoint_every)
+
+
+def check_lengths(lengths, T) -> None:
+    """Their values too, where they are known already."""
+    check_array("lengths", lengths)
+    if not is_integer(lengths):
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if isinstance(T, bool) or not isinstance(T, int | np.integer) or T < 0:
+        raise ValueError(f"T: expected an integer of at least 0, got {T!r}")
+    if not isinstance(lengths, jax.core.Tracer):
+        lengths = np.asarray(lengths)
+        _check_range("lengths", lengths, np.ones(lengths.shape, bool), int(T) + 1, "0..T")
 
 
 def _check_range(name: str, values, counted, size: int, meaning: str) -> None:
@@ -170,30 +200,58 @@ def _check_range(name: str, values, counted, size: int, meaning: str) -> None:
         )
 
 
-def _check_finite(name: str, values, counted) -> None:
-    counted = counted.reshape(counted.shape + (1,) * (values.ndim - counted.ndim))
+def _per_value(counted, values):
+    """(T, *batch) flags, for each value of a step."""
+    return counted.reshape(counted.shape + (1,) * (values.ndim - counted.ndim))
+
+
+def _check_finite(name: str, values, counted=True, where_counted="") -> None:
     wrong = np.argwhere(~np.isfinite(values.astype(np.float64)) & counted)
     if len(wrong):
         where = tuple(int(i) for i in wrong[0])
         raise ValueError(
-            f"{name}: expected finite numbers where the mask counts them, got {values[where]} at "
-            f"{where}; {len(wrong)} of {values.size} are not"
+            f"{name}: expected finite numbers{where_counted}, got {values[where]} at {where}; "
+            f"{len(wrong)} of {values.size} are not"
         )
 
 
-def check_values(params, batch) -> None:
+@np.errstate(over="ignore")
+def _check_narrowing(name: str, values, counted=True) -> None:
+    """Without x64, JAX takes 64 bits for 32 and says nothing."""
+    narrow = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
+    changed = np.argwhere((narrow.astype(values.dtype) != values) & counted)
+    if not len(changed):
+        return
+    where = tuple(int(i) for i in changed[0])
+    message = (
+        f"{name}: expected values that {narrow.dtype} holds, as JAX turns {values.dtype} into it, "
+        f"got {values[where].item()} at {where}, which becomes {narrow[where].item()}; "
+        f"{len(changed)} of {values.size} change"
+    )
+    if is_integer(narrow) or not np.isfinite(narrow[tuple(changed.T)]).all():
+        raise ValueError(message)
+    warnings.warn(f"{message}. To agree, pass .astype({narrow.dtype})", stacklevel=4)
+
+
+def check_values(params, batch, h_0=None) -> None:
     """Checks on the host what only values show; call it once on data, before any `jit`.
 
-    JAX clamps an index past its end, and a wrong label makes a finite, wrong gradient; neither
-    says a word. Steps that the mask excludes are not looked at.
+    JAX clamps an index past its end, a wrong label makes a finite, wrong gradient, and 64 bits
+    become 32; nothing of that is ever said. Steps that the mask excludes are not looked at.
 
     Args:
       params: Params, whose sizes say how many tokens and labels there are.
-      batch: Batch of concrete arrays.
+      batch: Batch of concrete arrays, NumPy's or JAX's.
+      h_0: (*batch, H), the state to start from; None for zeros.
 
     Raises:
-      ValueError: tokens outside [0, I), integer labels outside [0, O), inputs, targets or weights
-        that are not finite, negative weights. The message names the first such place.
+      TypeError: a mask or reset that is not bool, targets or weights that are not numbers.
+      ValueError: shapes that do not fit, tokens outside [0, I), integer labels outside [0, O),
+        parameters, states, inputs, targets or weights that are not finite, negative weights, 64-bit
+        values that 32 bits cannot hold. The message names the first such place.
+
+    Warns:
+      UserWarning: float64 values that are rounded when JAX takes them for float32.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
@@ -201,19 +259,28 @@ def check_values(params, batch) -> None:
     Traceback (most recent call last):
     ValueError: targets: expected integers in [0, 2) (O labels), got 2 at (1,); 1 of 2 are not
     """
-    xs, targets = np.asarray(batch.xs), np.asarray(batch.targets)
-    shape = steps_shape(xs)
-    counted = np.ones(shape, bool) if batch.mask is None else np.asarray(batch.mask)
-    if is_integer(xs):
-        _check_range("xs", xs, counted, params.W_x.shape[1], "I tokens")
-    else:
-        _check_finite("xs", xs, counted)
-    if is_integer(targets) and targets.ndim == len(shape):
-        _check_range("targets", targets, counted, params.W_y.shape[0], "O labels")
-    else:
-        _check_finite("targets", targets, counted)
-    if batch.weights is not None:
-        weights = np.asarray(batch.weights)
-        _check_finite("weights", weights, counted)
-        if (weights.astype(np.float64) < 0)[counted].any():
-            raise ValueError(f"weights: expected none below 0, got {weights.min()}")
+    check_params(params)
+    _check_fields(params, batch, h_0)
+    for name, leaf in params._asdict().items():
+        _check_numbers(f"params.{name}", np.asarray(leaf))
+    if h_0 is not None:
+        _check_numbers("h_0", np.asarray(h_0))
+
+    shape = steps_shape(batch.xs)
+    mask = np.ones(shape, bool) if batch.mask is None else np.asarray(batch.mask)
+    sizes = {"xs": (params.W_x.shape[1], "I tokens"), "targets": (params.W_y.shape[0], "O labels")}
+    for name in ("xs", "targets", "weights"):
+        if getattr(batch, name) is None:
+            continue
+        values = np.asarray(getattr(batch, name))
+        if is_integer(values) and values.ndim == len(shape):
+            _check_range(name, values, mask, *sizes[name])
+        else:
+            _check_numbers(name, values, _per_value(mask, values), " where the mask counts them")
+    if batch.weights is not None and (np.asarray(batch.weights).astype(float) < 0)[mask].any():
+        raise ValueError(f"weights: expected none below 0, got {np.asarray(batch.weights).min()}")
+
+
+def _check_numbers(name: str, values, counted=True, where_counted="") -> None:
+    _check_finite(name, values, counted, where_counted)
+    _check_narrowing(name, values, counted)

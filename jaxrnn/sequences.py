@@ -47,13 +47,12 @@ def mask_from_lengths(lengths: Array, T: int) -> Array:
 
     Raises:
       TypeError: lengths are not integers.
+      ValueError: a length outside 0..T, where its value is known (not under `jit`).
 
     >>> mask_from_lengths(jnp.array([2, 0]), 3).astype(int).tolist()
     [[1, 0], [1, 0], [0, 0]]
     """
-    checks.check_array("lengths", lengths)
-    if not checks.is_integer(lengths):
-        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    checks.check_lengths(lengths, T)
     steps = jnp.arange(T).reshape(T, *(1 for _ in lengths.shape))
     return steps < lengths
 

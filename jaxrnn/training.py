@@ -1,11 +1,14 @@
 """5. The training loop: epochs over batches until the held-out loss stops falling."""
 
-from collections.abc import Callable, Iterable
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxrnn import checks
@@ -13,7 +16,7 @@ from jaxrnn.backward import bptt
 from jaxrnn.forward import sequence_loss, step_weights, sum_dtype
 from jaxrnn.params import Params
 from jaxrnn.sequences import Batch
-from jaxrnn.update import GradientFn, Optimizer, TrainState, init_state, make_update
+from jaxrnn.update import Diverged, GradientFn, Optimizer, TrainState, init_state, make_update
 
 LossFn = Callable[..., tuple[Array, Array]]
 
@@ -53,6 +56,7 @@ def evaluate(
     total = count = 0.0
     h = h_0
     for batch in [batches] if isinstance(batches, Batch) else batches:
+        checks.check_is_batch(batch)
         value, h_T, counted = _value_state_count(loss_fn, params, batch, h)
         total, count = total + value.item() * counted.item(), count + counted.item()
         h = None if h_0 is None else h_T
@@ -60,11 +64,13 @@ def evaluate(
 
 
 class Evaluation(NamedTuple):
-    """One epoch's losses: the mean over its updates, and on held-out data after it."""
+    """One epoch: the mean loss over its updates, that on held-out data after it, and how many
+    updates were skipped, as their loss or gradient was not finite."""
 
     epoch: int
     train_loss: float
     valid_loss: float
+    skipped: int = 0
 
 
 class Fit(NamedTuple):
@@ -104,34 +110,71 @@ def _make_epoch(update, batch_size: int):
                 batch = batch._replace(weights=weights * fresh.astype(weights.dtype))
             return update(state, batch)
 
-        state, metrics = lax.scan(body, state, (order, fresh))
-        return state, _mean_loss(metrics)
+        return lax.scan(body, state, (order, fresh))
 
     return epoch
 
 
+@jax.jit
 def _mean_loss(metrics) -> Array:
-    counted = metrics.counted.sum()
-    return (metrics.loss * metrics.counted).sum() / jnp.where(counted == 0, 1.0, counted)
+    """Over the updates that were done; NaN where none was."""
+    done = metrics.skipped == 0
+    counted = jnp.where(done, metrics.counted, 0).sum()
+    total = jnp.where(done, metrics.loss * metrics.counted, 0).sum()
+    return jnp.where(done.any(), total / jnp.where(counted == 0, 1.0, counted), jnp.nan)
 
 
-def _stream_epoch(update, state, train, h_0):
+def _stream_epoch(update, state, train, h_0, max_skipped):
     """Updates on each batch in turn, the state carried from h_0 on where there is one."""
     state = state._replace(h=None if h_0 is None else jnp.array(h_0, copy=True))
     metrics = []
     for batch in train:
         state, reported = update(state, batch)
         metrics.append(reported)
+        # Looked at now and then, so that the host need not wait for each update.
+        if len(metrics) % max_skipped == 0 and reported.skipped.item() >= max_skipped:
+            break
     if not metrics:
         raise ValueError("train: expected at least one batch, got none")
-    return state, _mean_loss(jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics))
+    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics)
 
 
-def _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience):
+def _count_skipped(metrics, step: int, norms: list[float], max_skipped: int) -> int:
+    """How many of the updates up to `step` were skipped: fewer than max_skipped in a row."""
+    skipped = np.asarray(metrics.skipped)
+    norms += metrics.gradient_norm.tolist()
+    too_many = skipped >= max_skipped
+    if too_many.any():
+        after = len(skipped) - 1 - int(too_many.argmax())
+        recent = norms[: len(norms) - after][-2 * max_skipped :]
+        raise Diverged(step - after, max_skipped, recent)
+    del norms[: -2 * max_skipped]
+    count = int((skipped > 0).sum())
+    if count:
+        warnings.warn(
+            f"train: {count} of the {len(skipped)} updates up to step {step} skipped, as the loss "
+            "or the gradient was not finite",
+            stacklevel=3,
+        )
+    return count
+
+
+def _checked(params, h_0, batches):
+    """The batches, each looked at as it comes; `_check_fit` has looked at a Batch."""
+
+    def look(batch):
+        checks.check_values(params, batch, h_0)
+        return batch
+
+    return batches if isinstance(batches, Batch) else map(look, batches)
+
+
+def _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience, max_skipped):
     checks.check_key(key)
     checks.check_params(params)
     checks.check_size("max_epochs", max_epochs)
     checks.check_size("patience", patience)
+    checks.check_size("max_skipped", max_skipped)
     if isinstance(train, Batch):
         if h_0 is not None:
             raise ValueError("h_0: expected None, as examples of a Batch are shuffled, got a state")
@@ -143,14 +186,38 @@ def _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience)
         raise TypeError(f"train: expected a Batch or an iterable of them, got {train!r}")
     elif batch_size is not None:
         raise ValueError(f"batch_size: expected None, for train is batches, got {batch_size}")
-    elif iter(train) is train and max_epochs > 1:
+    elif isinstance(train, Iterator) and max_epochs > 1:
         raise ValueError(
             "train: expected batches that can be gone through once per epoch, such as a list, got "
             f"the one-pass iterator {train!r}"
         )
     for data in (train, valid):
         if isinstance(data, Batch):
-            checks.check_values(params, data)
+            checks.check_values(params, data, h_0)
+
+
+def _start(params, optimizer, h_0, resume):
+    """What to go on from: a copy of it, since an update donates its state."""
+    state = init_state(params, optimizer, h_0)
+    if resume is None:
+        return Fit(state, params, [], converged=False)
+    if not isinstance(resume, Fit):
+        raise TypeError(f"resume: expected a Fit or None, got {type(resume).__name__}")
+    expected, got = (jax.tree.map(jnp.shape, each) for each in (state, resume.state))
+    if expected != got:
+        raise ValueError(
+            f"resume: expected the state of these params, optimizer and h_0, {expected}, got {got}"
+        )
+    state, best = jax.tree.map(jnp.copy, (resume.state, resume.best))
+    return Fit(state, best, list(resume.history), converged=False)
+
+
+def _wait(lowest: float, waited: int, row: Evaluation, tolerance: float) -> tuple[float, int]:
+    """The lowest loss so far, and the epochs since one was lower by `tolerance`."""
+    if math.isnan(row.train_loss):  # nothing was trained: for max_skipped to judge
+        return lowest, waited
+    waited = 0 if row.valid_loss < lowest - tolerance else waited + 1
+    return min(lowest, row.valid_loss), waited
 
 
 def fit(
@@ -166,7 +233,9 @@ def fit(
     max_epochs: int = 100,
     patience: int = 5,
     tolerance: float = 0.0,
+    max_skipped: int = 10,
     callback: Callable[[Fit], None] | None = None,
+    resume: Fit | None = None,
 ) -> Fit:
     """Trains until the held-out loss has not improved by `tolerance` for `patience` epochs.
 
@@ -186,15 +255,21 @@ def fit(
       max_epochs: the budget.
       patience: epochs without improvement after which training ends.
       tolerance: how much lower than the best a loss must be to count as improvement.
+      max_skipped: how many updates in a row may be skipped before training is given up; see
+        `make_update`.
       callback: called with the Fit so far after each epoch. Its state is donated to the next epoch:
-        copy what you keep.
+        copy what you keep, or save it with `save_fit`.
+      resume: the Fit to go on from, as the callback was given it or `load_fit` found it. With the
+        other arguments the same, what comes out is what would have without the interruption, bit
+        for bit.
 
     Returns:
       Fit.
 
     Raises:
-      TypeError, ValueError: an argument that does not fit, or values in a Batch that
-        `check_values` refuses.
+      TypeError, ValueError: an argument that does not fit, or values that `check_values` refuses,
+        which is asked once for each batch.
+      Diverged: max_skipped updates in a row were skipped; the callback is not called again.
 
     >>> import optax, jaxrnn
     >>> key_init, key_data, key_fit = jax.random.split(jax.random.key(0), 3)
@@ -205,9 +280,9 @@ def fit(
     >>> result.history[-1].train_loss < result.history[0].train_loss
     True
     """
-    _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience)
+    _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience, max_skipped)
     update = make_update(gradient_fn, optimizer)
-    state = init_state(params, optimizer, h_0)
+    result = _start(params, optimizer, h_0, resume)
     if isinstance(train, Batch):
         N = checks.steps_shape(train.xs)[1]
         shuffled_epoch = _make_epoch(update, min(batch_size or N, N))
@@ -215,23 +290,29 @@ def fit(
     def loss_fn(params, batch, h):
         return gradient_fn(params, batch, h)[0]
 
-    best, lowest, waited, history = params, float("inf"), 0, []
-    for epoch in range(1, max_epochs + 1):
+    state, best, history, _ = result
+    lowest, waited = float("inf"), 0
+    for row in history:
+        lowest, waited = _wait(lowest, waited, row, tolerance)
+    norms: list[float] = []
+    first = len(history) + 1
+    for epoch in range(first, max_epochs + 1):
+        if waited >= patience:
+            break
+        look = partial(_checked, params, h_0) if epoch == first else lambda batches: batches
         if isinstance(train, Batch):
-            state, train_loss = shuffled_epoch(state, train, jax.random.fold_in(key, epoch))
+            state, metrics = shuffled_epoch(state, train, jax.random.fold_in(key, epoch))
         else:
-            state, train_loss = _stream_epoch(update, state, train, h_0)
-        train_loss = float(train_loss)
-        held_out = (
-            train_loss if valid is None else evaluate(state.params, valid, h_0, loss_fn=loss_fn)
-        )
-        history.append(Evaluation(epoch, train_loss, held_out))
-        waited = 0 if held_out < lowest - tolerance else waited + 1
+            state, metrics = _stream_epoch(update, state, look(train), h_0, max_skipped)
+        skipped = _count_skipped(metrics, state.step.item(), norms, max_skipped)
+        train_loss = held_out = _mean_loss(metrics).item()
+        if valid is not None:
+            held_out = evaluate(state.params, look(valid), h_0, loss_fn=loss_fn)
+        history.append(Evaluation(epoch, train_loss, held_out, skipped))
         if held_out < lowest:
-            best, lowest = jax.tree.map(jnp.copy, state.params), held_out
+            best = jax.tree.map(jnp.copy, state.params)
+        lowest, waited = _wait(lowest, waited, history[-1], tolerance)
         result = Fit(state, best, history, converged=waited >= patience)
         if callback is not None:
             callback(result)
-        if result.converged:
-            break
-    return result
+    return result._replace(converged=waited >= patience)

@@ -59,6 +59,21 @@ def zeros(*shape, dtype=jnp.float32):
     return jnp.zeros(shape, dtype)
 
 
+def lengths(values, T=T):
+    return lambda: jaxrnn.mask_from_lengths(values, T)
+
+
+def numpy_xs(value):
+    """Inputs in NumPy's float64, one of them special."""
+    xs = np.ones((T, B, I))
+    xs[2, 1, 0] = value
+    return xs
+
+
+def evaluate(batches):
+    return lambda: jaxrnn.evaluate(PARAMS, batches)
+
+
 NAN = XS.at[2, 1, 0].set(jnp.nan)
 
 # name: (call, exception, what the message says)
@@ -162,6 +177,84 @@ WRONG = {
     ),
     "weights below 0": (check_values(weights=zeros(T, B) - 1), ValueError, r"weights: .*-1.0"),
     "weights NaN": (check_values(weights=zeros(T, B) * jnp.nan), ValueError, r"weights: .*finite"),
+    "mask of numbers": (check_values(mask=np.ones((T, B))), TypeError, r"mask: .*bool.*float64"),
+    "mask of integers": (check_values(mask=LABELS), TypeError, r"mask: expected bool, got int32"),
+    "mask of other steps": (
+        check_values(mask=np.ones((T, 1), bool)), ValueError, r"mask: expected shape \(7, 4\)"
+    ),
+    "reset of numbers": (check_values(reset=XS[..., 0]), TypeError, r"reset: expected bool.*float"),
+    "labels of text": (
+        check_values(targets=np.full((T, B), "a")), TypeError, r"targets: expected numbers, got <U1"
+    ),
+    "labels of objects": (
+        check_values(targets=np.full((T, B), None)), TypeError, r"targets: .*numbers, got object"
+    ),
+    "labels of dates": (
+        check_values(targets=np.zeros((T, B), "M8[s]")), TypeError, r"targets: .*got datetime64"
+    ),
+    "values of list": (check_values(xs=[[1.0]]), TypeError, r"xs: expected an array, got list"),
+    "values of bool": (check_values(xs=XS > 0), TypeError, r"xs: expected a floating-point.*bool"),
+    "values without batch": (check_values(targets=LABELS[0]), ValueError, r"targets: .*got \(4,\)"),
+    "values of tuple": (
+        lambda: jaxrnn.check_values(PARAMS, (XS, LABELS)), TypeError, r"batch: expected Batch"
+    ),
+    "values for no params": (
+        lambda: jaxrnn.check_values(None, BATCH), TypeError, r"params: .*got NoneType"
+    ),
+    "NaN in parameters": (
+        lambda: jaxrnn.check_values(PARAMS._replace(b_h=zeros(H) + jnp.nan), BATCH),
+        ValueError, r"params.b_h: expected finite numbers, got nan at \(0,\); 5 of 5 are not",
+    ),
+    "infinite state": (
+        lambda: jaxrnn.check_values(PARAMS, BATCH, zeros(B, H) - jnp.inf),
+        ValueError, r"h_0: expected finite numbers, got -inf at \(0, 0\); 20 of 20",
+    ),
+    "state of another H": (
+        lambda: jaxrnn.check_values(PARAMS, BATCH, zeros(B, 9)), ValueError, r"h_0: .*got \(4, 9\)"
+    ),
+    "label beyond int32": (
+        check_values(targets=np.full((T, B), 2**40 + 1)), ValueError, r"targets: .*got 10995116277"
+    ),
+    "token of uint64": (
+        check_values(xs=np.full((T, B), 2**63, np.uint64)), ValueError, r"xs: .*got 922337203685477"
+    ),
+    "count beyond int32": (
+        check_values(targets=np.full((T, B, O), 2**40 + 5)),
+        ValueError, r"targets: expected values that int32 .*int64.*1099511627781 at .* becomes 5",
+    ),
+    "float64 beyond float32": (
+        check_values(xs=numpy_xs(1e300)),
+        ValueError, r"xs: expected values that float32 .*1e\+300 at \(2, 1, 0\).* inf; 1 of 84",
+    ),
+    "float64 rounded": (
+        check_values(xs=numpy_xs(2.0**24 + 1)),
+        UserWarning, r"xs: .*float32.*16777217.0 at .* becomes 16777216.0.*astype",
+    ),
+    "weights rounded": (
+        check_values(weights=np.full((T, B), 0.1)), UserWarning, r"weights: .*0.1.*28 of 28 change"
+    ),
+    "length beyond T": (
+        lengths(jnp.array([3, 8, 9])), ValueError, r"lengths: .*\(0..T\), got 8 at \(1,\); 2 of 3"
+    ),
+    "length below 0": (lengths(np.array(-1)), ValueError, r"lengths: .*got -1 at \(\); 1 of 1"),
+    "length of bool": (lengths(np.array([True])), TypeError, r"lengths: .*integers, got bool"),
+    "T of float": (lengths(np.array([1]), 2.5), ValueError, r"T: expected an integer.*got 2.5"),
+    "T below 0": (lengths(np.array([0]), -1), ValueError, r"T: .*at least 0, got -1"),
+    "windows of bool": (lambda: list(jaxrnn.windows(BATCH, True)), TypeError, r"length: .* True"),
+    "evaluate, number": (evaluate([3]), TypeError, r"batch: expected Batch.*got int"),
+    "evaluate, another I": (evaluate(Batch(zeros(T, B, 9), LABELS)), ValueError, r"xs: .*4, 9\)"),
+    "fit, NaN": (fit(train=Batch(NAN, LABELS)), ValueError, r"xs: expected finite.*nan at"),
+    "fit, NaN in a batch": (fit(train=[Batch(NAN, LABELS)]), ValueError, r"xs: .*finite.*nan"),
+    "fit, mask of a batch": (
+        fit(train=[BATCH._replace(mask=LABELS)]), TypeError, r"mask: expected bool, got int32"
+    ),
+    "fit, NaN held out": (fit(valid=[Batch(NAN, LABELS)]), ValueError, r"xs: expected finite.*nan"),
+    "fit, state": (
+        fit(train=[BATCH], h_0=zeros(B, H) + jnp.nan), ValueError, r"h_0: expected finite.*nan"
+    ),
+    "fit, float64": (fit(train=Batch(numpy_xs(1e39), LABELS)), ValueError, r"xs: .*1e\+39.*inf"),
+    "fit, max_skipped": (fit(max_skipped=0), ValueError, r"max_skipped: .*at least 1, got 0"),
+    "fit, resume": (fit(resume=PARAMS), TypeError, r"resume: expected a Fit or None, got Params"),
     "fit, seed for key": (fit(key=0), TypeError, r"key: expected an array, got int"),
     "fit, no epochs": (fit(max_epochs=0), ValueError, r"max_epochs: expected at least 1, got 0"),
     "fit, patience 0": (fit(patience=0), ValueError, r"patience: expected at least 1, got 0"),

@@ -1,5 +1,6 @@
 """Every experiment, run small: its files, its figures, its errors."""
 
+import dataclasses
 import json
 import re
 
@@ -24,6 +25,7 @@ def test_char_lm_leaves_its_files_and_learns(text, tmp_path, capsys):
     flags = ["--steps", "150", *TINY[2:], "--learning-rate", "0.02"]
     assert char_lm.run([*flags, "--text", str(text), "--out", str(out)]) == 0
     names = {"config.json", "metrics.jsonl", "summary.json", "curve.png", "sample.txt"}
+    names |= {"checkpoint-0.npz", "checkpoint-150.npz"}
     assert {path.name for path in out.iterdir()} == names
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 151))
@@ -50,6 +52,20 @@ def test_char_lm_is_decided_by_its_seed(text, tmp_path):
     assert rows[0] == rows[1] != rows[2]
 
 
+def test_char_lm_says_every_default(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        char_lm.run(["--help"])
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(char_lm.Config):
+        flag = "--resume, --no-resume" if field.name == "resume" else field.name.replace("_", "-")
+        assert re.search(rf"{flag} .*?\(default: {re.escape(str(field.default))}\)", told), flag
+
+
+def test_the_progress_bar_is_for_terminals(text, tmp_path, capsys):
+    assert char_lm.run([*TINY, "--text", str(text), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_char_lm_reads_cpythons_documentation_by_default():
     text = char_lm.read_text(None)
     assert len(text) > 400_000
@@ -66,7 +82,25 @@ def test_char_lm_reads_cpythons_documentation_by_default():
         (b"a" * 99, ["--batch-size", "64"], "{path}: expected at least 1300 .* got 99"),
         (b"a" * 99, ["--steps", "0"], "--steps: expected at least 1, got 0"),
         (b"a" * 99, ["--hidden-size", "-1"], "--hidden-size: expected at least 1, got -1"),
-        (b"a" * 99, ["--learning-rate", "nan"], "--learning-rate: expected above 0, got nan"),
+        (b"a" * 99, ["--learning-rate", "nan"], "--learning-rate: expected above 0 .*, got nan"),
+        (b"a" * 99, ["--learning-rate", "1e39"], "--learning-rate: expected above 0 .*, got 1e"),
+        (b"a" * 99, ["--learning-rate", "1e-50"], "--learning-rate: expected above 0 .*, got 1e"),
+        (b"a" * 99, ["--learning-rate", "-1"], "--learning-rate: expected above 0 .*, got -1.0"),
+        (b"a" * 99, ["--learning-rate", "fast"], "Error parsing --learning-rate: .* 'fast'"),
+        (b"a" * 99, ["--hidden-size", "1000000"], "--hidden-size: expected what .* GB"),
+        (b"a" * 99, ["--seed", "-1"], "--seed: expected at least 0, below 4294967295, got -1"),
+        (b"a" * 99, ["--seed", "1099511627781"], "--seed: expected .*, got 1099511627781"),
+        (b"a" * 99, ["--seed", "1.5"], "Error parsing --seed: .*'1.5'"),
+        (b"a" * 99, ["--steps", "many"], "Error parsing --steps: .*'many'"),
+        (b"a" * 99, ["--steps"], "Missing value for argument '--steps'"),
+        (b"a" * 99, ["--stepz", "3"], "Unrecognized options: --stepz"),
+        (b"a" * 99, ["more"], "Unrecognized options: more"),
+        (b"a" * 99, ["--window", "0"], "--window: expected at least 1, got 0"),
+        (b"a" * 99, ["--max-skipped", "0"], "--max-skipped: expected at least 1, got 0"),
+        (b"a" * 99, ["--checkpoint-every-steps", "0"], "--checkpoint-every-steps: .* 1, got 0"),
+        (b"a" * 99, ["--text", "{path}/.."], "{path}/..: expected a readable text file, got: Not"),
+        (b"a" * 99, ["--text", "/"], "/: expected a readable text file, got: Is a directory"),
+        (b"a" * 99, ["--out", "{path}/run"], "{path}/run: expected a folder to write to: Not a"),
         (b"a" * 99, ["--out", "{path}"], "{path}: expected a folder to write to: File exists"),
     ],
 )

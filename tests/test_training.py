@@ -105,7 +105,7 @@ def test_a_carried_state_starts_anew_each_epoch(params):
         max_epochs=3,
     )  # fmt: skip
     expected = jaxrnn.sequence_loss(params, parity(jax.random.key(1), T=12, N=4))[0]
-    losses = [loss for row in result.history for loss in row[1:]]
+    losses = [loss for row in result.history for loss in row[1:3]]
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
@@ -136,3 +136,103 @@ def test_evaluate_weighs_batches_by_their_counted_steps(params):
     expected = jaxrnn.sequence_loss(params, data)[0]
     np.testing.assert_allclose(jaxrnn.evaluate(params, halves(data)), expected, rtol=1e-6)
     assert jaxrnn.evaluate(params, []) == 0.0
+
+
+def spoilt(bad, where):
+    """Batches of which those in `where` have a loss that is not finite."""
+    batch = parity(jax.random.key(1), N=4)
+    weights = jnp.ones((8, 4))
+    return [batch._replace(weights=weights * (1e38 if i in where else 1)) for i in range(bad)]
+
+
+def spoiling(params, batch, h=None):
+    (value, h_T), grads = jaxrnn.bptt(params, batch, h)
+    return (jnp.where(batch.weights[0, 0] > 1e30, jnp.nan, value), h_T), grads
+
+
+def test_skipped_updates_are_counted_said_and_left_out_of_the_mean(params):
+    rule = partial(jaxrnn.sgd, learning_rate=0.0)
+    fit = partial(
+        jaxrnn.fit, jax.random.key(0), params, optimizer=rule, gradient_fn=spoiling, max_epochs=1
+    )
+    with pytest.warns(UserWarning, match="train: 2 of the 6 updates up to step 6 skipped"):
+        result = fit(train=spoilt(6, {0, 4}), max_skipped=2)
+    (row,) = result.history
+    assert row.skipped == 2
+    expected = jaxrnn.sequence_loss(params, spoilt(1, {})[0])[0]
+    np.testing.assert_allclose(row.train_loss, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("where", "step"), [({2, 3, 4}, 5), ({0, 1, 2, 3, 4, 5, 6, 7}, 3), ({5, 6, 7}, 8)]
+)
+def test_too_many_in_a_row_stop_the_training(where, step, params):
+    seen = []
+    with pytest.raises(
+        jaxrnn.Diverged, match=f"^step {step}: .* got 3 updates in a row"
+    ) as stopped:
+        jaxrnn.fit(
+            jax.random.key(0), params, spoilt(8, where), optimizer=optax.adam(1e-2),
+            gradient_fn=spoiling, max_skipped=3, callback=seen.append,
+        )  # fmt: skip
+    assert len(stopped.value.gradient_norms) == min(step, 6)
+    assert seen == []
+
+
+def test_so_do_too_many_over_the_end_of_an_epoch(params):
+    """Three at the end of an epoch and two at the start of the next, shuffled examples too."""
+    with (
+        pytest.warns(UserWarning, match="train: 3 of the 4 updates up to step 4 skipped"),
+        pytest.raises(jaxrnn.Diverged, match=r"^step 5: .* got 4 updates") as stopped,
+    ):
+        jaxrnn.fit(
+            jax.random.key(0), params, Cycle(spoilt(4, {1, 2, 3}), spoilt(4, {0, 1})),
+            optimizer=optax.adam(1e-2), gradient_fn=spoiling, max_skipped=4,
+        )  # fmt: skip
+    assert len(stopped.value.gradient_norms) == 5
+    whole = parity(jax.random.key(1))._replace(weights=jnp.full((8, 50), 1e38))
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 4: .* got 4 updates"):
+        jaxrnn.fit(
+            jax.random.key(0), params, whole, optimizer=optax.adam(1e-2), gradient_fn=spoiling,
+            batch_size=10, max_skipped=4,
+        )  # fmt: skip
+
+
+def test_an_epoch_in_which_nothing_was_trained_is_no_best_and_no_matter_of_patience(params):
+    whole = parity(jax.random.key(1))._replace(weights=jnp.full((8, 50), 1e38))
+    fit = partial(
+        jaxrnn.fit, jax.random.key(0), params, whole, optimizer=optax.adam(1e-2),
+        gradient_fn=spoiling, patience=2, max_skipped=4,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="1 of the 1 updates"):
+        result = fit(max_epochs=3)
+    assert [row.skipped for row in result.history] == [1, 1, 1]
+    assert all(np.isnan(row[1:3]).all() for row in result.history)
+    assert not result.converged
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 4: "):
+        fit(max_epochs=9, resume=result)
+
+
+class Cycle:
+    """Other batches in each epoch."""
+
+    def __init__(self, *epochs):
+        self.epochs = iter(epochs)
+
+    def __iter__(self):
+        return iter(next(self.epochs))
+
+
+def test_batches_are_checked_once_before_they_are_trained_on(params, monkeypatch):
+    checked = []
+    check = jaxrnn.checks.check_values
+    monkeypatch.setattr(jaxrnn.checks, "check_values", lambda *a: (checked.append(a), check(*a)))
+    train = halves(parity(jax.random.key(1)))
+    fit = partial(jaxrnn.fit, jax.random.key(0), params, optimizer=optax.sgd(0.1))
+    fit(train, train, max_epochs=3)
+    assert len(checked) == 4
+    wrong = train[1]._replace(targets=train[1].targets + 1)
+    with pytest.raises(ValueError, match=r"^targets: expected integers in \[0, 2\)"):
+        fit([train[0], wrong])
+    with pytest.raises(ValueError, match=r"^targets: expected integers in \[0, 2\)"):
+        fit(train, [wrong])

@@ -145,3 +145,105 @@ def test_counted_is_the_weight_of_the_steps_that_exist(params, batch):
     weighted = batch._replace(mask=mask, weights=jnp.full((7, 4), 0.5))
     _, metrics = update(jaxrnn.init_state(params, rule), weighted)
     assert metrics.counted == 5.0
+
+
+# Numbers that go wrong: each of these is planted in one batch of a stream.
+
+BAD = {"nan": jnp.nan, "inf": jnp.inf, "-inf": -jnp.inf, "huge": 1e30}
+SPOILT = ["loss", *Params._fields, "h_T"]
+PLANTED = [f"{place} {bad}" for place in ["xs", "targets", *SPOILT] for bad in list(BAD)[:3]]
+PLANTED += ["weights nan", "h nan", "h inf", "params nan", "square overflows"]
+PLANTED += ["W_h huge"]  # Adam would take its square, which is infinite, and go on
+
+
+def spoiling(params, batch, h):
+    """The gradient, spoilt in the place that the weight of the first step is the code of."""
+
+    def spoil(place, x):
+        for number, bad in enumerate(BAD.values()):
+            code = 100 + len(BAD) * SPOILT.index(place) + number
+            spoilt = x.at[(0,) * x.ndim].set(bad)
+            x = jnp.where(batch.weights[0, 0] == code, spoilt, x)
+        return x
+
+    gradient_fn = partial(jaxrnn.bptt, loss=jaxrnn.squared_error)
+    (value, h_T), grads = gradient_fn(params, batch, h)
+    grads = Params(*(spoil(name, leaf) for name, leaf in grads._asdict().items()))
+    return (spoil("loss", value), spoil("h_T", h_T)), grads
+
+
+def plant(name, batch, state):
+    place, _, bad = name.rpartition(" ")
+    if place in SPOILT:
+        code = 100 + len(BAD) * SPOILT.index(place) + list(BAD).index(bad)
+        return batch._replace(weights=batch.weights.at[0, 0].set(code)), state
+    if place in ("xs", "targets", "weights"):
+        leaf = getattr(batch, place)
+        return batch._replace(**{place: leaf.at[(0,) * leaf.ndim].set(BAD[bad])}), state
+    if place == "h":
+        return batch, state._replace(h=state.h.at[0, 0].set(BAD[bad]))
+    if place == "params":
+        W_y = state.params.W_y.at[0, 0].set(BAD[bad])
+        return batch, state._replace(params=state.params._replace(W_y=W_y))
+    return batch._replace(targets=batch.targets.at[0, 0].set(3e19)), state  # its square is infinite
+
+
+@pytest.fixture(scope="module")
+def spoiling_update():
+    optimizer = optax.adam(1e-2)
+    return jaxrnn.make_update(spoiling, optimizer), optimizer
+
+
+def bits(state):
+    kept = state.params, state.opt_state, state.h
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(kept)]
+
+
+@pytest.mark.parametrize("name", PLANTED, ids=lambda name: name.replace(" ", "-"))
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name, spoiling_update, params):
+    update, optimizer = spoiling_update
+    xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
+    good = Batch(xs, jnp.ones((7, 4, 2)), weights=jnp.ones((7, 4)))
+    state, metrics = update(jaxrnn.init_state(params, optimizer, h=jnp.zeros((4, 5))), good)
+    assert metrics.skipped == state.skipped == 0
+    bad, planted = plant(name, good, state)
+    before = bits(planted)
+    for count in (1, 2, 3):
+        planted, metrics = update(planted, bad)
+        assert bits(planted) == before
+        assert metrics.skipped == planted.skipped == count
+        assert planted.step == 1 + count
+    if name.startswith(("h ", "params ")):
+        return  # what is spoilt stays: the loop stops, and no checkpoint is made of it
+    planted, metrics = update(planted, good)
+    assert metrics.skipped == planted.skipped == 0
+    assert bits(planted) != before
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(planted.params))
+
+
+def test_parameters_that_overflow_are_not_taken(params):
+    """theta + 1e38 theta: from 1e-20 to 1e18, and then beyond what float32 holds."""
+    rule = partial(jaxrnn.sgd, learning_rate=-1e38)
+    update = jaxrnn.make_update(lambda params, batch, h: ((jnp.ones(()), None), params), rule)
+    state = jaxrnn.init_state(jax.tree.map(lambda leaf: leaf * 1e-20, params), rule)
+    for skipped in (0, 1, 2):
+        state, metrics = update(state, Batch(jnp.ones((1, 3)), jnp.ones(1)))
+        assert np.isfinite(metrics.gradient_norm)
+        assert metrics.skipped == skipped
+
+
+def test_the_norm_of_short_floats_does_not_overflow(batch):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
+    rule = partial(jaxrnn.sgd, learning_rate=0.0)
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    large = batch._replace(xs=batch.xs * 3e4, targets=1 - batch.targets)
+    _, metrics = update(jaxrnn.init_state(params, rule), large)
+    assert metrics.gradient_norm.dtype == jnp.float32
+
+
+def test_diverged_says_where_and_what_to_try():
+    error = jaxrnn.Diverged(12, 3, [0.5, 80.0, float("nan")])
+    message = "step 12: expected .* finite, got 3 updates in a row .*: 0.5, 80, nan. Try a smaller"
+    with pytest.raises(jaxrnn.Diverged, match=message):
+        raise error
+    assert (error.step, error.skipped, error.gradient_norms[:2]) == (12, 3, [0.5, 80.0])

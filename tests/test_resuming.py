@@ -1,0 +1,156 @@
+"""What is saved and loaded goes on as if nothing had happened, to the last bit."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch, CheckpointError, checkpoints, from_arrays, to_arrays
+
+ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+
+
+def bits(tree) -> list:
+    """Everything in a pytree of arrays, byte by byte."""
+    return [(name, x.dtype, x.shape, x.tobytes()) for name, x in to_arrays(tree).items()]
+
+
+@pytest.fixture
+def params():
+    return jaxrnn.init(jax.random.key(0), 3, 5, 2)
+
+
+def stream(T=12, B=2):
+    xs = jax.random.normal(jax.random.key(1), (T, B, 3))
+    return Batch(xs, jax.random.randint(jax.random.key(2), (T, B), 0, 2))
+
+
+def test_any_state_goes_through_a_file(params, tmp_path):
+    tree = {
+        "state": jaxrnn.init_state(params, optax.adam(1e-2), h=jnp.ones((2, 5))),
+        "half": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params),
+        "float8": jnp.ones(3, jnp.float8_e4m3fn),
+        "key": jax.random.key(7),
+        "keys": jax.random.split(jax.random.key(7, impl="rbg"), 3),
+        "noise": optax.add_noise(0.1, 0.5, jax.random.key(1)).init(params),
+        "none": None,
+        "nan": jnp.array([jnp.nan, -0.0]),
+    }
+    path = checkpoints.save(tmp_path, 3, to_arrays(tree))
+    found = from_arrays(tree, checkpoints.load(path).arrays)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    assert bits(found) == bits(tree)
+    a, b = (jax.random.normal(x["key"]) for x in (found, tree))
+    assert a == b
+
+
+@pytest.mark.usefixtures("x64")
+def test_so_does_float64(tmp_path):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
+    path = checkpoints.save(tmp_path, 3, to_arrays(params))
+    assert bits(from_arrays(params, checkpoints.load(path).arrays)) == bits(params)
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        ({"a": np.zeros(2, np.float32)}, "b: expected no such array, got one"),
+        (
+            {"a": np.zeros(2, np.float32), "c": np.zeros(2)},
+            r"c: expected an array .* got \['a', 'b'",
+        ),
+        ({"a": np.zeros(3, np.float32), "b": np.zeros(2)}, r"a: expected float32 of shape \(3,\)"),
+        ({"a": np.zeros(2, np.int32), "b": np.zeros(2)}, "a: expected int32 .*, got float32"),
+    ],
+)
+def test_another_structure_is_refused(like, message):
+    arrays = to_arrays({"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)})
+    with pytest.raises(CheckpointError, match="^" + message):
+        from_arrays(like, arrays)
+
+
+def test_leaves_without_a_name_of_their_own_are_refused():
+    with pytest.raises(TypeError, match=r"a: expected an array, got float"):
+        to_arrays({"a": 0.1})
+    with pytest.raises(ValueError, match=r"tree: expected a name for each leaf, got two of a.b"):
+        to_arrays({"a": {"b": np.zeros(1)}, "a.b": np.zeros(1)})
+    assert list(to_arrays(np.zeros(1))) == ["leaf"]
+
+
+def test_every_step_of_sixty_can_be_the_last_before_a_restart(params, tmp_path):
+    """Windows of a stream with the state carried; a key in the optimiser; 15 ends of an epoch."""
+    optimizer = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), ADAM)
+    update = jaxrnn.make_update(jaxrnn.bptt, optimizer)
+    windows = list(jaxrnn.windows(stream(), 3))
+    new = partial(jaxrnn.init_state, params, optimizer, h=jnp.zeros((2, 5)))
+
+    def go_on(state, until, each=lambda state: None):
+        losses = []
+        for number in range(state.step.item(), until):
+            if number % len(windows) == 0:
+                state = state._replace(h=jnp.zeros((2, 5)))
+            state, metrics = update(state, windows[number % len(windows)])
+            losses.append(metrics.loss.item())
+            each(state)
+        return state, losses
+
+    def save(state):
+        checkpoints.save(tmp_path, state.step.item(), to_arrays(state), keep=99)
+
+    state = new()
+    save(state)
+    end, losses = go_on(state, 60, save)
+    expected = bits(end)
+    assert checkpoints.steps(tmp_path) == list(range(61))
+    for step in range(61):
+        found = checkpoints.load(checkpoints.file_of(tmp_path, step))
+        resumed, rest = go_on(from_arrays(new(), found.arrays), 60)
+        assert bits(resumed) == expected
+        assert rest == losses[step:]
+
+
+@pytest.mark.parametrize("kind", ["examples", "batches"])
+def test_fit_resumes_at_every_epoch(kind, params, tmp_path):
+    """Batches: uphill, so that the first epoch is the best one and patience ends the training."""
+    data, optimizer = stream(T=6, B=10), ADAM
+    train, valid, settings = data, stream(T=6, B=4), {"batch_size": 3}
+    if kind == "batches":
+        train = valid = list(jaxrnn.windows(data, 3))
+        settings, optimizer = {"h_0": jnp.zeros((10, 5))}, optax.sgd(-0.5)
+    settings |= {"optimizer": optimizer, "max_epochs": 5, "patience": 3, "tolerance": 0.01}
+    run = partial(jaxrnn.fit, jax.random.key(1), params, train, valid, **settings)
+    expected = run(callback=lambda fit: jaxrnn.save_fit(tmp_path / f"{len(fit.history)}", fit))
+    assert expected.converged or kind == "examples"
+    for epoch in range(1, len(expected.history) + 1):
+        found = jaxrnn.load_fit(tmp_path / f"{epoch}", params, optimizer, settings.get("h_0"))
+        assert len(found.history) == epoch
+        result = run(resume=found)
+        assert result.history == expected.history
+        assert result.converged == expected.converged
+        assert bits((result.state, result.best)) == bits((expected.state, expected.best))
+        assert not found.state.params.W_h.is_deleted()
+
+
+def test_fit_has_nothing_to_resume_where_nothing_was_saved(params, tmp_path):
+    assert jaxrnn.load_fit(tmp_path, params, ADAM) is None
+
+
+def test_fit_refuses_a_checkpoint_of_another_network(params, tmp_path):
+    rule = partial(jaxrnn.sgd, learning_rate=0.1)
+    run = partial(jaxrnn.fit, jax.random.key(1), train=stream(), optimizer=rule, max_epochs=1)
+    result = run(params=params, callback=partial(jaxrnn.save_fit, tmp_path))
+    larger = jaxrnn.init(jax.random.key(0), 3, 6, 2)
+    with pytest.raises(CheckpointError, match=r"0.params.W_x: expected float32 of shape \(6, 3\)"):
+        jaxrnn.load_fit(tmp_path, larger, rule)
+    with pytest.raises(
+        ValueError, match=r"resume: expected the state of these .*W_x=\(6, 3\).*5, 3"
+    ):
+        run(params=larger, resume=result)
+    with pytest.raises(ValueError, match=r"resume: expected the state of .*mu=Params.*, got "):
+        run(params=params, resume=result, optimizer=ADAM)
+    with pytest.raises(TypeError, match="resume: expected a Fit or None, got tuple"):
+        run(params=params, resume=(result.state, result.best))
