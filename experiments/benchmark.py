@@ -22,11 +22,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import tyro
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jaxrnn
+from experiments import runs
 from jaxrnn import Batch, Params, forward
 
 matplotlib.use("Agg")
@@ -192,8 +194,7 @@ def by_hand(**keywords) -> Gradient:
     return value_and_grad
 
 
-def by_hand_in_parallel(devices: int) -> Gradient:
-    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("batch",))
+def by_hand_in_parallel(mesh: jax.sharding.Mesh) -> Gradient:
     gradient_fn = jaxrnn.data_parallel(jaxrnn.bptt, mesh)
 
     def value_and_grad(params, batch):
@@ -284,9 +285,10 @@ def methods(config: Config, size: Size, params: Params, batch: Batch, peers: dic
         "bptt, K": compiled(by_hand(checkpoint_every=near_root), params, batch),
     }
     if config.devices > 1 and size.B % config.devices == 0:
-        made[f"bptt x {config.devices}"] = compiled(
-            by_hand_in_parallel(config.devices), params, batch
-        )
+        mesh = jax.sharding.Mesh(jax.devices()[: config.devices], ("batch",))
+        split = NamedSharding(mesh, P(None, "batch"))
+        placed = jax.device_put(params, NamedSharding(mesh, P())), jax.device_put(batch, split)
+        made[f"bptt x {config.devices}"] = compiled(by_hand_in_parallel(mesh), *placed)
     if peers["flax"]:
         made["Flax"] = compiled(gradient_of(flax_rnn), params, batch)
     if peers["torch"]:
@@ -401,8 +403,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(config: Config) -> list[dict]:
-    if config.devices > 1:
-        jax.config.update("jax_num_cpu_devices", config.devices)
+    runs.find_devices(config.devices)
     jax.config.update("jax_default_matmul_precision", config.precision)
     names = {"flax": "Flax", "haiku": "Haiku", "torch": "torch"}
     peers = {module: installed(module, name) for module, name in names.items()}
@@ -440,4 +441,4 @@ def main(config: Config) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    sys.exit(runs.exit_status(lambda: main(runs.parse(Config, None))))

@@ -9,7 +9,6 @@ of every stream and starts from the state that the last window ended in.
 The second goes on where the first was stopped and ends in the same bytes.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -268,16 +267,12 @@ def check_memory(config: Config, vocabulary: list[str]) -> None:
         )
 
 
-def find_devices(config: Config) -> None:
+def check_devices(config: Config) -> None:
     if config.batch_size % config.devices:
         raise InputError(
             f"--devices: expected a divisor of batch_size {config.batch_size}, got {config.devices}"
         )
-    if config.devices > 1:
-        with contextlib.suppress(RuntimeError):  # JAX is in use already, with what devices it has
-            jax.config.update("jax_num_cpu_devices", config.devices)
-    if len(jax.devices()) < config.devices:
-        raise InputError(f"--devices: expected at most {len(jax.devices())}, got {config.devices}")
+    runs.find_devices(config.devices)
 
 
 def settings_of(config: Config, text: str) -> dict:
@@ -291,7 +286,7 @@ def settings_of(config: Config, text: str) -> dict:
 
 def main(config: Config) -> dict:
     check_config(config)
-    find_devices(config)
+    check_devices(config)
     text = read_text(config.text)
     vocabulary, parts = split(text, config)
     check_memory(config, vocabulary)

@@ -216,6 +216,19 @@ class Run:
         self._saved = time.monotonic()
 
 
+def find_devices(count: int) -> None:
+    """Asks for so many CPU devices; where JAX is in use already, they must be there.
+
+    Raises:
+      InputError: there are fewer.
+    """
+    if count > 1:
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    if len(jax.devices()) < count:
+        raise InputError(f"--devices: expected at most {len(jax.devices())}, got {count}")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
     temporary = path.with_suffix(".tmp")

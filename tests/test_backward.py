@@ -31,10 +31,10 @@ by_plain_autodiff = jax.value_and_grad(plain_loss, has_aux=True)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", range(64))
+@pytest.mark.parametrize("structure", range(43))
 def test_three_gradients_agree(structure):
-    """64 structures (sizes, T, activation, loss, options) with 4 draws of all values each."""
-    cases = [random_case(structure, values=draw) for draw in range(4)]
+    """43 structures (sizes, T, activation, loss, options) with 6 draws of all values each."""
+    cases = [random_case(structure, values=draw) for draw in range(6)]
     by_hand = compiled(jaxrnn.bptt, cases[0], checkpoint_every=cases[0].checkpoint_every)
     fast = compiled(by_autodiff, cases[0])
     plain = compiled(by_plain_autodiff, cases[0])

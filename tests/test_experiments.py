@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from experiments import char_lm
+from experiments import benchmark, char_lm
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 TINY = ["--steps", "12", "--hidden-size", "8", "--batch-size", "2", "--window", "8"]
@@ -114,3 +114,57 @@ def test_char_lm_names_what_it_cannot_use(content, flags, message, tmp_path, cap
     assert error.count("\n") == 1
 
     assert re.match(message.format(path=re.escape(str(path))), error)
+
+
+def test_benchmark_compares_and_leaves_its_files(tmp_path, capsys):
+    """Where a peer is not installed it says so; all that are there must agree before it times."""
+    rows = benchmark.main(benchmark.Config(sizes="small", repeats=3, devices=2, out=tmp_path))
+    written = [json.loads(line) for line in (tmp_path / "benchmark.jsonl").read_text().splitlines()]
+    assert len(written) == len(rows) >= 3 * 8
+    assert all(row["min_ms"] <= row["median_ms"] for row in written)
+    assert {"bptt", "bptt x 2", "plain scan", "floor"} <= {row["method"] for row in rows}
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    told = capsys.readouterr()
+    assert "floor x" in told.out
+    for module, name in [("flax", "Flax"), ("haiku", "Haiku"), ("torch", "torch")]:
+        there = any(name in row["method"] for row in rows)
+        assert there != (f"{name} is not installed" in told.err), module
+
+
+def test_benchmark_refuses_a_method_with_another_gradient(tmp_path, monkeypatch):
+    def wrong(params, batch):
+        return 1.001 * benchmark.hoisted_scan(params, batch)
+
+    monkeypatch.setattr(benchmark, "plain_scan", wrong)
+    config = benchmark.Config(sizes="small", out=tmp_path)
+    size = benchmark.SIZES["small"][0]
+    with pytest.raises(AssertionError, match="differs from the plain scan"):
+        benchmark.methods(
+            config,
+            size,
+            *benchmark.data(size, "float32"),
+            dict.fromkeys(("flax", "haiku", "torch")),
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--devices", "3"], "--devices: expected a divisor of batch_size 2, got 3"),
+        (["--devices", "64", "--batch-size", "64"], "--devices: expected at most"),
+    ],
+)
+def test_char_lm_names_devices_that_it_cannot_use(flags, message, text, tmp_path, capsys):
+    arguments = [*TINY, "--text", str(text), "--out", str(tmp_path / "out"), *flags]
+    assert char_lm.run(arguments) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_char_lm_split_over_devices_learns_the_same(text, tmp_path):
+    losses = []
+    for devices in ("1", "2"):
+        out = tmp_path / devices
+        flags = [*TINY, "--text", str(text), "--out", str(out), "--devices", devices]
+        assert char_lm.run(flags) == 0
+        losses.append(json.loads((out / "summary.json").read_text())["valid_bpc"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
