@@ -32,7 +32,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
 
     >>> import jax, jaxrnn
     >>> from functools import partial
-    >>> mesh = jax.sharding.Mesh(jax.devices(), ("batch",))
+    >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
     >>> params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     >>> batch = jaxrnn.Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
     >>> (value, h_T), grads = jax.jit(data_parallel(jaxrnn.bptt, mesh))(params, batch)
