@@ -409,6 +409,17 @@ RESET = np.random.default_rng(0).uniform(size=(5, 3)) < 0.3
 BATCH = Batch(XS, np.zeros((5, 3), int), MASK, RESET)
 
 
+SEQUENCES = [Batch(XS[: 2 + n, n], np.zeros(2 + n, int)) for n in range(3)]
+
+
+def decayed(params, grads):
+    """One update by clipped gradient descent with weight decay on the matrices alone."""
+    decay = optax.masked(optax.add_decayed_weights(0.1), optimizers.among("W_x", "W_h", "W_y"))
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), decay, optax.scale(-0.5))
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
 def rollout_value(params):
     actor = policy.Actor(
         jnp.arange(3), jnp.zeros((3, 2)), jnp.ones(3, bool), jnp.asarray(H_0, params.W_h.dtype)
@@ -447,6 +458,14 @@ SCALARS = {
     "exponents": lambda p: jacobians.lyapunov_exponents(
         jacobians.step_jacobians(p, jnp.asarray(XS[:, 0]), p.b_h))[0],
     "mixed precision": lambda p: mixed_precision.loss_in(jnp.float32, p, BATCH)[0],
+    "free running": lambda p: generate.generate(
+        jax.random.key(0), p, jnp.asarray(H_0, p.W_h.dtype), jnp.zeros(3, int), 4)[0].sum(),
+    "documents": lambda p: jaxrnn.sequence_loss(
+        p, documents.side_by_side(documents.join(SEQUENCES), 2))[0],
+    "unequal lengths": lambda p: sum(
+        jaxrnn.sequence_loss(p, batch)[0] for batch in unequal_lengths.in_buckets(SEQUENCES, 0.1)),
+    "optimizers": lambda p: jaxrnn.sequence_loss(
+        decayed(p, jaxrnn.bptt(p, BATCH)[1]), BATCH)[0],
 }  # fmt: skip
 
 
