@@ -72,17 +72,18 @@ def test_number_of_loops(fn, loops):
 
 @pytest.mark.parametrize("fn", [jaxrnn.bptt, by_autodiff], ids=["bptt", "autodiff"])
 def test_time_grows_linearly(fn):
-    """A scan that rewrote its whole stacked output at every step would be quadratic."""
-    for _ in range(3):
+    """A scan that rewrote its whole stacked output at every step would be quadratic. Sizes that
+    stay in cache, and the best of some attempts, since the machine does other things too."""
+    for _ in range(5):
         seconds = {}
-        for T in (4000, 16000):
+        for T in (1000, 4000):
             executable = compiled(fn, T, B=1, I=4, H=16, O=4)
             params = jaxrnn.init(jax.random.key(0), 4, 16, 4)
             batch = Batch(jnp.ones((T, 1, 4)), jnp.zeros((T, 1), jnp.int32))
-            seconds[T] = min(timed(executable, params, batch) for _ in range(9))
-        if seconds[16000] <= 4.6 * seconds[4000]:
+            seconds[T] = min(timed(executable, params, batch) for _ in range(15))
+        if seconds[4000] <= 4.6 * seconds[1000]:
             return
-    pytest.fail(f"in three attempts: {seconds}")
+    pytest.fail(f"in five attempts: {seconds}")
 
 
 def timed(executable, *arguments) -> float:
