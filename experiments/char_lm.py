@@ -26,6 +26,8 @@ import matplotlib
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jaxrnn
@@ -159,6 +161,7 @@ def draw(curve: list[dict], path: Path) -> None:
 
 def bits(params: Params, data: Batch, config: Config) -> float:
     """Bits per character on held-out streams, the state carried along from zeros."""
+    params = jax.device_put(params, jax.devices()[0])
     h_0 = jnp.zeros((config.batch_size, config.hidden_size))
     parts = jaxrnn.windows(data, 16 * config.window)
     return jaxrnn.evaluate(params, parts, h_0) / math.log(2)
@@ -173,19 +176,20 @@ def train(config: Config, vocabulary: list[str], stream: Batch, valid: Batch, ru
         jaxrnn.check_values(params, data)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
     zeros = np.zeros((config.batch_size, config.hidden_size), np.float32)
-    state = jaxrnn.init_state(params, optimizer, h=jnp.asarray(zeros))
     mesh = jax.sharding.Mesh(jax.devices()[: config.devices], ("batch",))
+    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
+    state = jaxrnn.init_state(params, optimizer, h=jnp.asarray(zeros))
     gradient_fn = jaxrnn.data_parallel(jaxrnn.bptt, mesh) if config.devices > 1 else jaxrnn.bptt
     update = jaxrnn.make_update(gradient_fn, optimizer)
 
     evaluate_every = max(1, config.steps // 10)
     batches = endless(stream, config.window, seen=run.step)
     with run, tqdm(total=config.steps, initial=run.step, unit="step", disable=None) as bar:
-        state = run.restore(state)
+        state = jax.device_put(run.restore(state), whole)
         for number in range(run.step + 1, config.steps + 1):
             anew, batch = next(batches)
-            if anew:
-                state = state._replace(h=jnp.asarray(zeros))
+            h = zeros if anew else state.h  # where the update leaves it, so that it compiles once
+            state = state._replace(h=jax.device_put(h, split))
             state, metrics = update(state, batch)
             row = report(number, metrics)
             if number % evaluate_every == 0 or number == config.steps:

@@ -9,8 +9,8 @@ Milliseconds for one update of all 64, minimum / median of 11, interleaved; H 32
 float32, 2 CPU cores (AMD EPYC), JAX 0.10.2, 2026-11-23:
 
     updates in a call    64 calls       vmap           lax.map        this, on two devices
-    1                    18.9 / 21.2    21.1 / 23.9    13.0 / 15.0    7.4 / 8.8
-    20                   13.1 / 14.5    13.0 / 13.9    12.7 / 14.5    6.8 / 7.1
+    1                    15.2 / 15.7    16.1 / 18.9    11.4 / 11.7    5.6 / 5.7
+    20                    9.9 / 10.2     8.7 / 9.0      9.6 / 9.7     4.5 / 4.6
 
 Run: python -m experiments.recipes.ensemble
 """
