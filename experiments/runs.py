@@ -236,12 +236,17 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def parse(config: type, arguments: list[str] | None):
-    """The command line as a `config`; what is wrong with it in one line."""
+def parse(config: type, arguments: list[str] | None, smoke: dict | None = None):
+    """The command line as a `config`; what is wrong with it in one line.
+
+    With `smoke`, a flag `--smoke` makes these the defaults.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    default = config(smoke=True, **smoke) if smoke and "--smoke" in given else config()
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(config, args=arguments)
+            return tyro.cli(config, args=arguments, default=default)
     except SystemExit as stop:
         if not stop.code:
             raise
