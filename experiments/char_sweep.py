@@ -1,0 +1,273 @@
+"""What do the carried state, the window and the size of a character model give for their time?
+
+Every network reads the same number of characters: one with a window of 16 steps makes 16 times the
+updates of one with 256. Held-out text is always read in one go, the state carried. A torch `nn.RNN`
+of the same initial weights, batches and optimiser runs beside it, in a process of its own; without
+torch it is left out.
+
+    python -m experiments.char_sweep --text tinyshakespeare.txt --out runs/char_sweep
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxrnn
+from experiments import char_lm, runs
+from experiments.reports import Report, mean_and_spread
+from jaxrnn import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Bits per character against seconds: windows, carry, hidden sizes, and torch beside it."""
+
+    text: Path | None = None
+    """A UTF-8 text file. By default CPython's own documentation, `pydoc_data.topics`."""
+    characters: int = 500_000
+    """Characters that each network reads."""
+    windows: tuple[int, ...] = (16, 64, 256)
+    """Steps of backpropagation through time, T; the middle one for the hidden sizes."""
+    hidden_sizes: tuple[int, ...] = (128, 256, 512)
+    """Hidden units, H; the middle one for the windows."""
+    batch_size: int = 32
+    """Parallel streams that the text is laid out in, B."""
+    learning_rate: float = 2e-3
+    """Of Adam, after the gradient's norm is clipped at 1."""
+    checks: int = 5
+    """How often, evenly, the held-out text is read."""
+    seeds: int = 2
+    """Networks, one after the other, for their time is measured."""
+    seed: int = 0
+    """The first of them."""
+    out: Path = Path("runs/char_sweep")
+    """The folder for metrics.jsonl, figure.png and summary.json."""
+    smoke: bool = False
+    """Sizes that take seconds, to see that everything runs."""
+
+
+SMOKE = {
+    "characters": 3_000,
+    "windows": (8,),
+    "hidden_sizes": (4,),
+    "batch_size": 4,
+    "checks": 1,
+    "seeds": 1,
+}
+
+
+class Setting(NamedTuple):
+    """One network: H, T, whether the state is carried from window to window, and its seed."""
+
+    hidden_size: int
+    window: int
+    carry: bool
+    seed: int
+
+
+Steps = Iterator[tuple[float, float]]
+"""At each check, the seconds of training so far and the held-out bits per character."""
+
+
+def middle(values: Sequence[int]) -> int:
+    return values[len(values) // 2]
+
+
+def settings(config: Config) -> list[Setting]:
+    """Windows, with the state carried and without, and hidden sizes with it."""
+    H, T = middle(config.hidden_sizes), middle(config.windows)
+    shapes = [(H, window, carry) for window in config.windows for carry in (True, False)]
+    shapes += [(size, T, True) for size in config.hidden_sizes if size != H]
+    seeds = range(config.seed, config.seed + config.seeds)
+    return [Setting(*shape, seed) for shape, seed in itertools.product(shapes, seeds)]
+
+
+def updates_of(config: Config, setting: Setting) -> int:
+    return config.characters // (config.batch_size * setting.window)
+
+
+def is_check(config: Config, setting: Setting, done: int) -> bool:
+    """Whether another share of the updates is done, of as many shares as there are checks."""
+    updates = updates_of(config, setting)
+    return done * config.checks // updates > (done - 1) * config.checks // updates
+
+
+def train_jaxrnn(
+    config: Config, setting: Setting, params: Params, stream: Batch, valid: Batch
+) -> Steps:
+    H, T, carry, _ = setting
+    zeros = jnp.zeros((config.batch_size, H))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
+    update = jaxrnn.make_update(jaxrnn.bptt, optimizer)
+    state = jaxrnn.init_state(params, optimizer, h=zeros if carry else None)
+    updates = updates_of(config, setting)
+    seconds, start = 0.0, time.perf_counter()
+    batches = char_lm.endless(stream, T, seen=0)
+    for done, (anew, batch) in zip(range(1, updates + 1), batches, strict=False):
+        if anew and carry:
+            state = state._replace(h=jnp.zeros_like(zeros))
+        state, _ = update(state, batch)
+        if is_check(config, setting, done):
+            jax.block_until_ready(state)
+            seconds += time.perf_counter() - start
+            nats = jaxrnn.evaluate(state.params, jaxrnn.windows(valid, 1024), zeros)
+            yield seconds, nats / math.log(2)
+            start = time.perf_counter()
+
+
+def train_torch(config: Config, setting: Setting, weights, stream: Batch, valid: Batch) -> Steps:
+    """The same in torch; `weights` are what `jaxrnn.interop.to_torch` gives."""
+    import torch
+
+    H, T, _, _ = setting
+    V = len(weights[1]["bias"])
+    rnn, linear = torch.nn.RNN(V, H), torch.nn.Linear(H, V)
+    for module, arrays in zip((rnn, linear), weights, strict=True):
+        module.load_state_dict({name: torch.tensor(leaf) for name, leaf in arrays.items()})
+    rnn.bias_hh_l0.requires_grad_(False)  # a second bias, which the equations do not have
+    parameters = [p for p in (*rnn.parameters(), *linear.parameters()) if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+
+    def loss_and_state(batch, h):
+        xs = torch.nn.functional.one_hot(torch.from_numpy(batch.xs).long(), V).float()
+        hs, h_T = rnn(xs, h)
+        targets = torch.from_numpy(batch.targets).long().flatten()
+        return torch.nn.functional.cross_entropy(linear(hs).flatten(0, 1), targets), h_T
+
+    def held_out():
+        h, nats = None, 0.0
+        with torch.no_grad():
+            for batch in jaxrnn.windows(valid, 1024):
+                value, h = loss_and_state(batch, h)
+                nats += value.item() * batch.xs.size
+        return nats / valid.xs.size
+
+    updates = updates_of(config, setting)
+    seconds, start, h = 0.0, time.perf_counter(), None
+    batches = char_lm.endless(stream, T, seen=0)
+    for done, (anew, batch) in zip(range(1, updates + 1), batches, strict=False):
+        optimizer.zero_grad()
+        value, h = loss_and_state(batch, None if anew else h)
+        value.backward()
+        h = h.detach()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if is_check(config, setting, done):
+            seconds += time.perf_counter() - start
+            yield seconds, held_out() / math.log(2)
+            start = time.perf_counter()
+
+
+def train_torch_whole(*arguments) -> list[tuple[float, float]]:
+    """What another process can send back."""
+    return list(train_torch(*arguments))
+
+
+def curve(ax, rows: list[dict], style: str, label: str) -> None:
+    """The mean over seeds, and the range that they span."""
+    if not rows:
+        return
+    checks = sorted({row["check"] for row in rows})
+    parts = [[row for row in rows if row["check"] == check] for check in checks]
+    seconds = [np.mean([row["seconds"] for row in part]) for part in parts]
+    bits = [[row["valid_bpc"] for row in part] for part in parts]
+    (line,) = ax.plot(seconds, [np.mean(b) for b in bits], style, ms=4, label=label)
+    low, high = [min(b) for b in bits], [max(b) for b in bits]
+    ax.fill_between(seconds, low, high, alpha=0.2, color=line.get_color())
+
+
+def draw(rows: list[dict], H: int, T: int):
+    """Left: windows, with the state carried and without; right: sizes, and torch beside them."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+
+    def where(**which):
+        return [row for row in rows if which.items() <= row.items()]
+
+    for n, window in enumerate(sorted({row["window"] for row in rows})):
+        for carry, line in ((True, "-o"), (False, ":o")):
+            mine = where(library="jaxrnn", hidden_size=H, window=window, carry=carry)
+            curve(left, mine, f"C{n}{line}", f"T {window}, state {'' if carry else 'not '}carried")
+    for n, size in enumerate(sorted({row["hidden_size"] for row in rows})):
+        for library, line in (("jaxrnn", "-o"), ("torch", "--s")):
+            mine = where(library=library, hidden_size=size, window=T, carry=True)
+            curve(right, mine, f"C{n + 3}{line}", f"{library}, H {size}")
+    left.set(ylabel="bits per character, held-out text", title=f"{H} hidden units, jaxrnn")
+    right.set(title=f"windows of {T}, state carried")
+    for ax in (left, right):
+        ax.set(xlabel="seconds of training, compilation included", xscale="log")
+        ax.grid(alpha=0.3, which="both")
+        ax.legend(fontsize="small")
+    return figure
+
+
+def in_words(rows: list[dict], config: Config) -> str:
+    """Held-out bits and seconds at the end of each setting, means and spread over seeds."""
+    parts = []
+    last = [row for row in rows if row["check"] == config.checks]
+    names = ("library", "hidden_size", "window", "carry")
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in last):
+        mine = [row for row in last if tuple(row[name] for name in names) == key]
+        library, H, T, carry = key
+        bits = mean_and_spread([row["valid_bpc"] for row in mine], digits=2)
+        seconds = np.mean([row["seconds"] for row in mine])
+        carried = "" if carry else ", not carried"
+        parts.append(f"{library} H {H}, T {T}{carried}: {bits} in {seconds:.0f} s")
+    return "; ".join(parts)
+
+
+def main(config: Config) -> dict:
+    report = Report(config)
+    laid_out = char_lm.Config(
+        text=config.text, batch_size=config.batch_size, window=max(config.windows)
+    )
+    vocabulary, parts = char_lm.split(char_lm.read_text(config.text), laid_out)
+    train, valid, _ = (char_lm.streams(part, config.batch_size) for part in parts)
+    V = len(vocabulary)
+    todo = [("jaxrnn", setting) for setting in settings(config)]
+    if importlib.util.find_spec("torch"):
+        todo += [("torch", setting) for setting in settings(config) if setting.carry]
+    else:
+        print("torch is not installed: left out", file=sys.stderr)
+    # JAX's threads and torch's disturb each other, so torch gets a process, once JAX is done.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+        bar = tqdm(todo, unit="run", disable=None)
+        for library, setting in bar:
+            bar.set_description(f"{library} H {setting.hidden_size}, T {setting.window}")
+            params = jaxrnn.init(jax.random.key(setting.seed), V, setting.hidden_size, V)
+            if library == "torch":
+                weights = jaxrnn.interop.to_torch(params)
+                whole = process.submit(train_torch_whole, config, setting, weights, train, valid)
+                steps = whole.result()
+            else:
+                steps = list(train_jaxrnn(config, setting, params, train, valid))
+            for check, (seconds, bits) in enumerate(steps, start=1):
+                row = {"check": check, "seconds": seconds, "valid_bpc": bits}
+                report.log(library=library, **setting._asdict(), **row)
+    H, T = middle(config.hidden_sizes), middle(config.windows)
+    return report.finish(in_words(report.rows, config), partial(draw, H=H, T=T))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,306 @@
+"""Can a plain recurrent network be trained to remember over T steps?
+
+Temporal order: two of T symbols matter, one at 10 to 20 % of the way and one at 50 to 60 %; which
+were they, in which order (Hochreiter and Schmidhuber 1997, task 6a, as Pascanu, Mikolov and Bengio
+2013 have it)? Adding: the sum of the two marked numbers of T, one in each half (task 4, as Le,
+Jaitly and Hinton 2015 have it). Four ways to train, several seeds each, all seeds at once:
+
+    tanh                    Adam, nothing else
+    + clipping              the gradient's norm is cut at a threshold
+    + regulariser           and the loss asks that gradients keep their norm through time
+    identity ReLU           the IRNN: W_h starts as the identity, f = ReLU, with clipping
+
+A seed counts as solved at the first check at which at most 1 % of 10,000 fresh sequences are wrong;
+in adding, wrong is more than 0.2 off.
+
+    python -m experiments.long_lags --out runs/long_lags
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from jax import lax
+from tqdm import tqdm
+
+import jaxrnn
+from experiments import runs
+from experiments.regularizer import regularizer
+from experiments.reports import Report
+from experiments.seeds import share_out, use_all_cores
+from jaxrnn import Activation, Batch, Loss, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Success rates against the lag, for four ways to train a plain recurrent network."""
+
+    order_lengths: tuple[int, ...] = (50, 100)
+    """T of the temporal order problem."""
+    adding_lengths: tuple[int, ...] = (150,)
+    """T of the adding problem."""
+    order_updates: int = 12_000
+    """Updates at most, at each T."""
+    adding_updates: int = 6_000
+    """Updates at most, at each T."""
+    check_every: int = 1_000
+    """Updates between two checks."""
+    test_size: int = 10_000
+    """Fresh sequences at each check."""
+    batch_size: int = 20
+    """Sequences in an update, each of them new, B."""
+    order_hidden: int = 50
+    """Hidden units, H, for temporal order."""
+    adding_hidden: int = 100
+    """Hidden units, H, for adding."""
+    learning_rate: float = 1e-3
+    """Of Adam, for tanh."""
+    identity_learning_rate: float = 1e-4
+    """Of Adam, for the identity ReLU: a step moves the spectral radius by up to H times as much."""
+    clip: float = 1.0
+    """The threshold for the gradient's norm."""
+    regularizer: float = 2.0
+    """The weight of the regulariser."""
+    methods: tuple[str, ...] = ("tanh", "+ clipping", "+ regulariser", "identity ReLU")
+    """Ways to train."""
+    seeds: int = 6
+    """Networks, trained at once."""
+    seed: int = 0
+    """Of everything."""
+    out: Path = Path("runs/long_lags")
+    """The folder for metrics.jsonl, figure.png and summary.json."""
+    smoke: bool = False
+    """Sizes that take seconds, to see that everything runs."""
+
+
+SMOKE = {
+    "order_lengths": (10,),
+    "adding_lengths": (10,),
+    "order_updates": 4,
+    "adding_updates": 4,
+    "check_every": 2,
+    "test_size": 20,
+    "batch_size": 2,
+    "order_hidden": 16,
+    "adding_hidden": 5,
+    "methods": ("+ regulariser", "identity ReLU"),
+    "seeds": 2,
+}
+
+
+def order_batch(key, T: int, B: int) -> Batch:
+    """Symbols 0 and 1 matter, 2 to 5 distract; the target at the last step is one of four."""
+    key_others, key_first, key_second, key_which = jax.random.split(key, 4)
+    xs = jax.random.randint(key_others, (T, B), 2, 6)
+    first = jax.random.randint(key_first, (B,), T // 10, T // 5)
+    second = jax.random.randint(key_second, (B,), T // 2, T // 2 + T // 10)
+    which = jax.random.randint(key_which, (2, B), 0, 2)
+    sequence = jnp.arange(B)
+    xs = xs.at[first, sequence].set(which[0]).at[second, sequence].set(which[1])
+    return Batch(xs, jnp.broadcast_to(which[0] + 2 * which[1], (T, B)), weights=last_step(T, B))
+
+
+def adding_batch(key, T: int, B: int) -> Batch:
+    """Uniform numbers, and beside them marks: one in each half. The target is a sum."""
+    key_numbers, key_first, key_second = jax.random.split(key, 3)
+    numbers = jax.random.uniform(key_numbers, (T, B))
+    first = jax.random.randint(key_first, (B,), 0, T // 2)
+    second = jax.random.randint(key_second, (B,), T // 2, T)
+    sequence = jnp.arange(B)
+    marks = jnp.zeros((T, B)).at[first, sequence].set(1).at[second, sequence].set(1)
+    sums = (numbers * marks).sum(axis=0)
+    xs = jnp.stack([numbers, marks], axis=-1)
+    return Batch(xs, jnp.broadcast_to(sums[:, None], (T, B, 1)), weights=last_step(T, B))
+
+
+def last_step(T: int, B: int):
+    return jnp.zeros((T, B)).at[-1].set(1)
+
+
+SOLVED = 0.01
+"""The share of wrong answers at most."""
+
+
+class Task(NamedTuple):
+    """A problem: its batches, sizes and loss, and which last outputs are wrong."""
+
+    name: str
+    batch: Callable[..., Batch]
+    input_size: int
+    output_size: int
+    loss: Loss
+    wrong: Callable
+
+
+ORDER = Task(
+    "temporal order", order_batch, 6, 4, jaxrnn.cross_entropy,
+    wrong=lambda y, target: y.argmax(axis=-1) != target,
+)  # fmt: skip
+ADDING = Task(
+    "adding", adding_batch, 2, 1, jaxrnn.squared_error,
+    wrong=lambda y, target: jnp.abs(y - target)[:, 0] > 0.2,
+)  # fmt: skip
+
+
+class Method(NamedTuple):
+    """How to start and to train; no threshold is no clipping, no weight no regulariser."""
+
+    name: str
+    activation: Activation
+    start: Callable[..., Params]
+    learning_rate: float
+    clip: float | None
+    regularizer: float = 0.0
+
+
+def sparse(key, shape, dtype=jnp.float32):
+    """15 normal weights into each unit, scaled to spectral radius 0.95, as Pascanu et al. start."""
+    key_weights, key_which = jax.random.split(key)
+    kept = jax.random.uniform(key_which, shape).argsort(axis=1) < 15
+    W_h = np.where(kept, jax.random.normal(key_weights, shape), 0)
+    return jnp.asarray(0.95 * W_h / np.abs(np.linalg.eigvals(W_h)).max(), dtype)
+
+
+def start_sparse(key, *sizes) -> Params:
+    """The other weights are small: standard deviation 0.01."""
+    params = jaxrnn.init(key, *sizes, W_h_init=sparse)
+    I, H, _ = sizes
+    return params._replace(W_x=0.01 * I**0.5 * params.W_x, W_y=0.01 * H**0.5 * params.W_y)
+
+
+def start_identity(key, *sizes) -> Params:
+    """W_x has standard deviation 0.1."""
+    params = jaxrnn.init(key, *sizes, W_h_init=jaxrnn.scaled_identity())
+    return params._replace(W_x=0.1 * sizes[0] ** 0.5 * params.W_x)
+
+
+def methods(config: Config) -> list[Method]:
+    tanh = Method("tanh", jaxrnn.tanh, start_sparse, config.learning_rate, None)
+    clipped = tanh._replace(name="+ clipping", clip=config.clip)
+    regularized = clipped._replace(name="+ regulariser", regularizer=config.regularizer)
+    rate = config.identity_learning_rate
+    identity = Method("identity ReLU", jaxrnn.relu, start_identity, rate, config.clip)
+    every = [tanh, clipped, regularized, identity]
+    return [method for method in every if method.name in config.methods]
+
+
+def train(config: Config, task: Task, T: int, H: int, method: Method, updates: int):
+    """Trains all seeds at once; yields at each check the updates done and each seed's errors."""
+    f, loss, B = method.activation, task.loss, config.batch_size
+    clip = optax.clip_by_global_norm(method.clip) if method.clip else optax.identity()
+    optimizer = optax.chain(clip, optax.adam(method.learning_rate))
+
+    def objective(params, batch):
+        value, _ = jaxrnn.sequence_loss(params, batch, activation=f, loss=loss)
+        return value + method.regularizer * regularizer(params, batch, activation=f, loss=loss)
+
+    def gradient(params, batch):
+        if method.regularizer:
+            return jax.grad(objective)(params, batch)
+        return jaxrnn.bptt(params, batch, activation=f, loss=loss)[1]
+
+    def update(state, key):
+        params, opt_state = state
+        grads = gradient(params, task.batch(key, T, B))
+        changes, opt_state = optimizer.update(grads, opt_state)
+        return (optax.apply_updates(params, changes), opt_state), None
+
+    @jax.jit
+    @jax.vmap
+    def updates_and_check(state, key):
+        key_train, key_test = jax.random.split(key)
+        state, _ = lax.scan(update, state, jax.random.split(key_train, config.check_every))
+        params, batch = state[0], task.batch(key_test, T, config.test_size)
+        h_T, _ = jaxrnn.hidden_states(params, batch.xs, activation=f)
+        wrong = task.wrong(h_T @ params.W_y.T + params.b_y, batch.targets[-1])
+        return state, wrong.mean()
+
+    key_start, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
+    started = [
+        method.start(key, task.input_size, H, task.output_size)
+        for key in jax.random.split(key_start, config.seeds)
+    ]
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *started)
+    state = share_out((params, jax.vmap(optimizer.init)(params)))
+    for done in range(config.check_every, updates + 1, config.check_every):
+        keys = jax.random.split(jax.random.fold_in(key_train, done), config.seeds)
+        state, errors = updates_and_check(state, share_out(keys))
+        yield done, np.asarray(errors).tolist()
+
+
+def solved_after(rows: list[dict], task: str, T: int, method: str) -> list[int | None]:
+    """The updates after which each seed had at most 1 % errors for the first time, or None."""
+    mine = [row for row in rows if (row["task"], row["T"], row["method"]) == (task, T, method)]
+    seeds = range(len(mine[0]["errors"]))
+    return [
+        next((row["updates"] for row in mine if row["errors"][seed] <= SOLVED), None)
+        for seed in seeds
+    ]
+
+
+def draw(rows: list[dict]):
+    """Left and right: the two tasks; above, the share of seeds that solved; below, how fast."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = plt.subplots(
+        2, len(tasks), figsize=(5 * len(tasks), 6), layout="constrained", squeeze=False
+    )
+    for column, task in enumerate(tasks):
+        above, below = axes[:, column]
+        lengths = sorted({row["T"] for row in rows if row["task"] == task})
+        names = list(dict.fromkeys(row["method"] for row in rows))
+        for n, name in enumerate(names):
+            solved = [solved_after(rows, task, T, name) for T in lengths]
+            at = np.arange(len(lengths)) + 0.2 * (n - (len(names) - 1) / 2)
+            shares = [100 * (len(s) - s.count(None)) / len(s) for s in solved]
+            above.bar(at, np.maximum(shares, 0.8), 0.18, color=f"C{n}", label=name)
+            for x, updates in zip(at, solved, strict=True):
+                there = [u for u in updates if u is not None]
+                below.plot([x] * len(there), there, "o", color=f"C{n}", alpha=0.6)
+        above.set(title=task, ylabel="seeds that solved it, %", ylim=(0, 105))
+        below.set(ylabel="updates until solved", xlabel="T, steps", yscale="log")
+        for ax in (above, below):
+            ax.set_xticks(range(len(lengths)), [str(T) for T in lengths])
+            ax.set_xlim(-0.5, len(lengths) - 0.5)
+            ax.grid(axis="y", alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def main(config: Config) -> dict:
+    use_all_cores()
+    report = Report(config)
+    order = (ORDER, config.order_hidden, config.order_updates)
+    adding = (ADDING, config.adding_hidden, config.adding_updates)
+    settings = [(*order, T) for T in config.order_lengths]
+    settings += [(*adding, T) for T in config.adding_lengths]
+    runs_to_do = [(*setting, method) for setting in settings for method in methods(config)]
+    found = {}
+    with tqdm(runs_to_do, unit="run", disable=None) as bar:
+        for task, H, updates, T, method in bar:
+            name = f"{task.name}, T {T}, {method.name}"
+            for done, errors in train(config, task, T, H, method, updates):
+                report.log(task=task.name, T=T, method=method.name, updates=done, errors=errors)
+                solved = solved_after(report.rows, task.name, T, method.name)
+                count = len(solved) - solved.count(None)
+                bar.set_description(f"{name}: {done} updates, {count} solved")
+                if count == len(solved):
+                    break
+            found[name] = f"{count} of {config.seeds}"
+    ours = "; ".join(f"{name}: {count}" for name, count in found.items())
+    return report.finish(ours, draw, solved=found)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,238 @@
+"""The experiments that reproduce published results: each run small, and what each rests on."""
+
+import importlib
+import itertools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.io
+
+import jaxrnn
+from experiments import copy_memory, long_lags, polyphonic_music, runs
+from experiments.regularizer import regularizer
+from experiments.reports import mean_and_spread
+from jaxrnn import Batch
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+NEEDS = {"mnist_1d": "mnist1d", "japanese_vowels": "aeon"}
+NAMES = [
+    "gradient_flow",
+    "long_lags",
+    "copy_memory",
+    "mnist_1d",
+    "japanese_vowels",
+    "polyphonic_music",
+    "char_sweep",
+]
+
+
+def pieces(rng, count):
+    cells = np.empty((1, count), object)
+    for n in range(count):
+        cells[0, n] = (rng.random((rng.integers(5, 20), 88)) < 0.05).astype(float)
+    return cells
+
+
+@pytest.fixture
+def music(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "music.mat"
+    parts = {f"{part}data": pieces(rng, n) for part, n in (("train", 6), ("valid", 3), ("test", 3))}
+    scipy.io.savemat(path, parts)
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_runs_small_and_leaves_its_files(name, tmp_path, music, capsys):
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    module = importlib.import_module(f"experiments.{name}")
+    out = tmp_path / "out"
+    flags = ["--data", str(music)] if name == "polyphonic_music" else []
+    assert module.run(["--smoke", "--out", str(out), *flags]) == 0
+    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "figure.png", "summary.json"}
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["ours"] in capsys.readouterr().out
+    assert summary["settings"]["smoke"] is True
+    assert summary["settings"]["seeds"] <= 2
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
+    assert summary["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_a_flag_with_its_default_and_its_help(name, capsys):
+    module = importlib.import_module(f"experiments.{name}")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        module.run(["--help"])
+    told = capsys.readouterr().out
+    for field in module.Config.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in told
+
+
+def test_a_flag_beats_the_small_default():
+    config = runs.parse(long_lags.Config, ["--smoke", "--seeds", "3"], long_lags.SMOKE)
+    assert (config.seeds, config.batch_size) == (3, long_lags.SMOKE["batch_size"])
+    assert runs.parse(long_lags.Config, [], long_lags.SMOKE) == long_lags.Config()
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert copy_memory.run(["--smoke", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/file: expected a folder to write to")
+
+
+@pytest.mark.parametrize("content", [None, b"no piano rolls"])
+def test_music_that_cannot_be_read_is_named(content, tmp_path, capsys):
+    path = tmp_path / "music.mat"
+    if content:
+        path.write_bytes(content)
+    flags = ["--smoke", "--out", str(tmp_path / "out"), "--data", str(path)]
+    assert polyphonic_music.run(flags) == 2
+    assert capsys.readouterr().err.startswith(f"{path}: expected")
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([2.0]) == "2.000 ± 0.000"
+    assert mean_and_spread([1.0, 3.0], digits=1) == "2.0 ± 1.4"
+
+
+def test_temporal_order_is_what_the_two_symbols_say():
+    T, B = 50, 200
+    batch = long_lags.order_batch(jax.random.key(0), T, B)
+    xs, targets = np.asarray(batch.xs), np.asarray(batch.targets[-1])
+    for b in range(B):
+        first, second = np.flatnonzero(xs[:, b] < 2)
+        assert T // 10 <= first < T // 5 < T // 2 <= second < T // 2 + T // 10
+        assert targets[b] == xs[first, b] + 2 * xs[second, b]
+    assert set(targets.tolist()) == {0, 1, 2, 3}
+    assert batch.weights.sum() == batch.weights[-1].sum() == B
+
+
+def test_the_sum_is_that_of_the_marked_numbers():
+    T, B = 20, 100
+    batch = long_lags.adding_batch(jax.random.key(0), T, B)
+    numbers, marks = np.moveaxis(np.asarray(batch.xs), -1, 0)
+    assert (marks[: T // 2].sum(axis=0) == 1).all()
+    assert (marks[T // 2 :].sum(axis=0) == 1).all()
+    np.testing.assert_allclose(batch.targets[-1, :, 0], (numbers * marks).sum(axis=0), rtol=1e-6)
+
+
+def test_the_first_solved_check_counts():
+    rows = [
+        {"task": "t", "T": 5, "method": "m", "updates": n, "errors": errors}
+        for n, errors in [(10, [0.5, 0.0]), (20, [0.01, 0.9]), (30, [0.3, 0.9])]
+    ]
+    assert long_lags.solved_after(rows, "t", 5, "m") == [20, 10]
+
+
+def test_copying_asks_for_the_symbols_again():
+    T, B = 7, 30
+    batch = copy_memory.copy_batch(jax.random.key(0), T, B)
+    xs, targets = np.asarray(batch.xs), np.asarray(batch.targets)
+    assert xs.shape == targets.shape == (T + 20, B)
+    assert (targets[-10:] == xs[:10]).all()
+    assert (xs[:10] < 8).all()
+    assert (targets[:-10] == copy_memory.BLANK).all()
+    assert (xs[10:].argmax(axis=0) == T - 1).all()  # the marker, right before the answer
+    assert copy_memory.memoryless(1000) == pytest.approx(0.0204, abs=2e-4)
+
+
+def test_the_regulariser_is_zero_where_every_step_keeps_the_norm(x64):
+    """An orthogonal W_h, f = identity, and an error at the last step alone."""
+    params = jaxrnn.init(jax.random.key(0), 3, 8, 2, dtype=jnp.float64)
+    xs = jax.random.normal(jax.random.key(1), (9, 4, 3), jnp.float64)
+    last = jnp.zeros((9, 4)).at[-1].set(1)
+    batch = Batch(xs, jnp.zeros((9, 4), int), weights=last)
+    assert regularizer(params, batch, activation=jaxrnn.identity) == pytest.approx(0, abs=1e-20)
+    shrunk = params._replace(W_h=0.5 * params.W_h)
+    omega = regularizer(shrunk, batch, activation=jaxrnn.identity)
+    assert omega == pytest.approx((0.25 - 1) ** 2)
+
+
+def test_the_regulariser_equals_its_definition_step_by_step(x64):
+    """Masked, with a reset and h_0; dz and dh from `jax.grad` of the loss by what is added to z."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    T, B, H = 6, 3, 5
+    params = jaxrnn.init(keys[0], 2, H, 4, dtype=jnp.float64)
+    xs = jax.random.normal(keys[1], (T, B, 2), jnp.float64)
+    targets = jax.random.randint(keys[2], (T, B), 0, 4)
+    mask = jaxrnn.mask_from_lengths(jnp.array([6, 4, 1]), T)
+    reset = jnp.zeros((T, B), bool).at[3, 0].set(True)
+    h_0 = jax.random.normal(keys[3], (B, H), jnp.float64)
+    batch = Batch(xs, targets, mask, reset)
+
+    def loss(nudges):
+        h, total = h_0, 0.0
+        for t in range(T):
+            before = jnp.where(reset[t][:, None], 0, h)
+            now = jnp.tanh(xs[t] @ params.W_x.T + before @ params.W_h.T + params.b_h)
+            h = jnp.where(mask[t][:, None], now, h) + nudges[t]
+            y = h @ params.W_y.T + params.b_y
+            total += (mask[t] * jaxrnn.cross_entropy.value(y, targets[t])).sum()
+        return total / mask.sum()
+
+    dhs = jax.grad(loss)(jnp.zeros((T, B, H)))
+    _, hs = jaxrnn.hidden_states(params, xs, h_0, mask=mask, reset=reset)
+    terms = []
+    for t in range(1, T):
+        for b in range(B):
+            if mask[t, b] and not reset[t, b]:
+                before = ((1 - hs[t, b] ** 2) * dhs[t, b]) @ params.W_h
+                terms.append(((before**2).sum() / (dhs[t, b] ** 2).sum() - 1) ** 2)
+    assert regularizer(params, batch, h_0) == pytest.approx(float(np.mean(terms)), rel=1e-12)
+
+
+def test_pieces_are_laid_out_whole(music):
+    """Each piece once, next to its own next steps; a mean over windows is that over pieces."""
+    rolls = polyphonic_music.read(music)["train"]
+    config = polyphonic_music.Config(batch_size=2, window=4)
+    rng = np.random.default_rng(1)
+    batches = polyphonic_music.lay_out(rng, rolls, config)
+    flat = [np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in batches[:4]]
+    xs, targets, mask, reset = flat
+    found = []
+    for b in range(2):
+        starts = [*np.flatnonzero(reset[:, b]), mask[:, b].sum()]
+        for at, end in itertools.pairwise(starts):
+            assert mask[at:end, b].all()
+            assert (xs[at + 1 : end, b] == targets[at : end - 1, b]).all()
+            found.append(np.concatenate([xs[at : at + 1, b], targets[at:end, b]]).tobytes())
+    assert sorted(found) == sorted(roll.tobytes() for roll in rolls)
+
+    params = jaxrnn.init(jax.random.key(0), 88, 5, 88)
+    sums, steps = 0.0, 0
+    for roll in rolls:
+        roll = jnp.asarray(roll, jnp.float32)
+        alone = Batch(roll[:-1], roll[1:])
+        value, _ = jaxrnn.sequence_loss(params, alone, loss=jaxrnn.binary_cross_entropy)
+        sums, steps = sums + value * (len(roll) - 1), steps + len(roll) - 1
+    stacked = jax.tree.map(lambda leaf: leaf[None], params)
+    assert polyphonic_music.nats(stacked, batches)[0] == pytest.approx(
+        float(sums) / steps, rel=1e-5
+    )
+
+
+def test_the_table_says_what_its_commands_found():
+    """Every number of our column is in the summary that the command of its row wrote."""
+    table = (EXPERIMENTS / "README.md").read_text()
+    files = sorted((EXPERIMENTS / "results").glob("*.json"))
+    assert len(files) == len(NAMES) + 2  # long_lags has two tasks, polyphonic_music two data sets
+    for file in files:
+        summary = json.loads(file.read_text())
+        (row,) = [line for line in table.splitlines() if f"(results/{file.name})" in line]
+        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+        ours = cells[4].split("](")[0]
+        numbers = re.findall(r"\d+(?:\.\d+)?", ours)
+        assert numbers
+        told = re.findall(r"\d+(?:\.\d+)?", summary["ours"])
+        assert set(numbers) <= set(told), (file.name, set(numbers) - set(told))
+        assert summary["settings"]["smoke"] is False
+        assert (EXPERIMENTS / "figures" / f"{file.stem}.png").exists()
