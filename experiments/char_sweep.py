@@ -40,7 +40,7 @@ class Config:
 
     text: Path | None = None
     """A UTF-8 text file. By default CPython's own documentation, `pydoc_data.topics`."""
-    characters: int = 500_000
+    characters: int = 1_000_000
     """Characters that each network reads."""
     windows: tuple[int, ...] = (16, 64, 256)
     """Steps of backpropagation through time, T; the middle one for the hidden sizes."""
@@ -52,7 +52,7 @@ class Config:
     """Of Adam, after the gradient's norm is clipped at 1."""
     checks: int = 5
     """How often, evenly, the held-out text is read."""
-    seeds: int = 2
+    seeds: int = 3
     """Networks, one after the other, for their time is measured."""
     seed: int = 0
     """The first of them."""

@@ -19,6 +19,7 @@ in adding, wrong is more than 0.2 off.
 import dataclasses
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +45,11 @@ class Config:
 
     order_lengths: tuple[int, ...] = (50, 100)
     """T of the temporal order problem."""
-    adding_lengths: tuple[int, ...] = (150,)
+    adding_lengths: tuple[int, ...] = (50, 150)
     """T of the adding problem."""
     order_updates: int = 12_000
     """Updates at most, at each T."""
-    adding_updates: int = 6_000
+    adding_updates: int = 7_000
     """Updates at most, at each T."""
     check_every: int = 1_000
     """Updates between two checks."""
@@ -126,6 +127,9 @@ def last_step(T: int, B: int):
 
 SOLVED = 0.01
 """The share of wrong answers at most."""
+
+PART = 500
+"""Sequences tested at a time, at most, as the states of all of them take memory."""
 
 
 class Task(NamedTuple):
@@ -212,15 +216,20 @@ def train(config: Config, task: Task, T: int, H: int, method: Method, updates: i
         changes, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, changes), opt_state), None
 
+    parts = -(-config.test_size // PART)
+
+    def share_wrong(params, key):
+        batch = task.batch(key, T, config.test_size // parts)
+        h_T, _ = jaxrnn.hidden_states(params, batch.xs, activation=f)
+        return task.wrong(h_T @ params.W_y.T + params.b_y, batch.targets[-1]).mean()
+
     @jax.jit
     @jax.vmap
     def updates_and_check(state, key):
         key_train, key_test = jax.random.split(key)
         state, _ = lax.scan(update, state, jax.random.split(key_train, config.check_every))
-        params, batch = state[0], task.batch(key_test, T, config.test_size)
-        h_T, _ = jaxrnn.hidden_states(params, batch.xs, activation=f)
-        wrong = task.wrong(h_T @ params.W_y.T + params.b_y, batch.targets[-1])
-        return state, wrong.mean()
+        errors = lax.map(partial(share_wrong, state[0]), jax.random.split(key_test, parts))
+        return state, errors.mean()
 
     key_start, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
     started = [

@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -220,19 +221,38 @@ def test_pieces_are_laid_out_whole(music):
     )
 
 
-def test_the_table_says_what_its_commands_found():
-    """Every number of our column is in the summary that the command of its row wrote."""
-    table = (EXPERIMENTS / "README.md").read_text()
-    files = sorted((EXPERIMENTS / "results").glob("*.json"))
-    assert len(files) == len(NAMES) + 2  # long_lags has two tasks, polyphonic_music two data sets
-    for file in files:
-        summary = json.loads(file.read_text())
-        (row,) = [line for line in table.splitlines() if f"(results/{file.name})" in line]
-        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
-        ours = cells[4].split("](")[0]
-        numbers = re.findall(r"\d+(?:\.\d+)?", ours)
-        assert numbers
-        told = re.findall(r"\d+(?:\.\d+)?", summary["ours"])
-        assert set(numbers) <= set(told), (file.name, set(numbers) - set(told))
-        assert summary["settings"]["smoke"] is False
+def table():
+    """A row for each file in results/: its command, time, our figures and the summary."""
+    lines = (EXPERIMENTS / "README.md").read_text().splitlines()
+    rows = []
+    for file in sorted((EXPERIMENTS / "results").glob("*.json")):
+        (line,) = [line for line in lines if f"(results/{file.name})" in line]
+        _, command, seconds, _, ours, figure = line.strip("| ").split(" | ")
+        assert figure == f"[figure](figures/{file.stem}.png)"
         assert (EXPERIMENTS / "figures" / f"{file.stem}.png").exists()
+        rows.append((command.strip("`"), seconds, ours, json.loads(file.read_text())))
+    return rows
+
+
+def test_the_table_has_every_experiment():
+    found = {command.split()[2].removeprefix("experiments.") for command, *_ in table()}
+    assert found == set(NAMES)
+
+
+@pytest.mark.parametrize("row", table(), ids=lambda row: row[2].split("](")[1].rstrip(")"))
+def test_the_table_says_what_its_commands_found(row):
+    """Our figures and the time are the summary's, whose settings are those of the command."""
+    command, seconds, ours, summary = row
+    numbers = re.findall(r"\d+(?:\.\d+)?", ours.split("](")[0])
+    told = re.findall(r"\d+(?:\.\d+)?", summary["ours"])
+    assert numbers
+    assert set(numbers) <= set(told)
+    assert seconds in (f"{summary['seconds']:.0f} s", f"{summary['seconds'] / 60:.0f} min")
+    _, _, module, *flags = shlex.split(command)
+    config = runs.parse(importlib.import_module(module).Config, flags)
+    wanted = {
+        name: value.name if isinstance(value, Path) else value
+        for name, value in vars(config).items()
+        if name != "out"
+    }
+    assert json.loads(json.dumps(wanted)) == summary["settings"]
