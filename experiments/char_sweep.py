@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 import jaxrnn
@@ -211,7 +212,10 @@ def draw(rows: list[dict], H: int, T: int):
     right.set(title=f"windows of {T}, state carried")
     for ax in (left, right):
         ax.set(xlabel="seconds of training, compilation included", xscale="log")
-        ax.grid(alpha=0.3, which="both")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
     return figure
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import runs
 from experiments.long_lags import order_batch
-from experiments.reports import Report, mean_and_spread
+from experiments.reports import Report, finite, mean_and_spread
 from experiments.seeds import share_out, use_all_cores
 from jaxrnn import Activation, Batch, Params
 
@@ -133,11 +133,6 @@ def train(config: Config, f: Activation, batch: Batch, settings: list):
         keys = jax.random.split(key_train, len(thresholds))
         params, found = updates_and_check(params, thresholds, share_out(keys))
         yield done, [np.asarray(values).reshape(len(settings), -1) for values in found]
-
-
-def finite(values) -> list[float | None]:
-    """None where a network has diverged, for which JSON has no number."""
-    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def band(ax, x, values, color, label=None):

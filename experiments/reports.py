@@ -3,12 +3,12 @@
 import dataclasses
 import datetime
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 from experiments import runs
 from experiments.runs import InputError
@@ -83,5 +83,14 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     >>> mean_and_spread([1.0, 2.0, 3.0], digits=1)
     '2.0 ± 1.0'
     """
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def finite(values) -> list[float | None]:
+    """None where a network has diverged, for which JSON has no number.
+
+    >>> finite([1.0, float("nan")])
+    [1.0, None]
+    """
+    return [float(value) if np.isfinite(value) else None for value in values]

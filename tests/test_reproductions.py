@@ -126,6 +126,12 @@ def test_the_sum_is_that_of_the_marked_numbers():
     np.testing.assert_allclose(batch.targets[-1, :, 0], (numbers * marks).sum(axis=0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("task", [long_lags.ORDER, long_lags.ADDING], ids=lambda task: task.name)
+def test_a_network_that_has_diverged_has_solved_nothing(task):
+    target = jnp.ones(3, int) if task is long_lags.ORDER else jnp.ones((3, 1))
+    assert task.wrong(jnp.full((3, task.output_size), jnp.nan), target).all()
+
+
 def test_the_first_solved_check_counts():
     rows = [
         {"task": "t", "T": 5, "method": "m", "updates": n, "errors": errors}
