@@ -283,7 +283,7 @@ def draw(rows: list[dict]):
             ax.set_xticks(range(len(lengths)), [str(T) for T in lengths])
             ax.set_xlim(-0.5, len(lengths) - 0.5)
             ax.grid(axis="y", alpha=0.3)
-        below.set_ylim(bottom=0)
+        below.set_ylim(0, 1.05 * max(row["updates"] for row in rows if row["task"] == task))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
 
