@@ -136,7 +136,7 @@ def train_torch(config: Config, setting: Setting, weights, stream: Batch, valid:
     """The same in torch; `weights` are what `jaxrnn.interop.to_torch` gives."""
     import torch
 
-    H, T, _, _ = setting
+    H, T, carry, _ = setting
     V = len(weights[1]["bias"])
     rnn, linear = torch.nn.RNN(V, H), torch.nn.Linear(H, V)
     for module, arrays in zip((rnn, linear), weights, strict=True):
@@ -164,7 +164,7 @@ def train_torch(config: Config, setting: Setting, weights, stream: Batch, valid:
     batches = char_lm.endless(stream, T, seen=0)
     for done, (anew, batch) in zip(range(1, updates + 1), batches, strict=False):
         optimizer.zero_grad()
-        value, h = loss_and_state(batch, None if anew else h)
+        value, h = loss_and_state(batch, None if anew or not carry else h)
         value.backward()
         h = h.detach()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -245,7 +245,7 @@ def main(config: Config) -> dict:
     V = len(vocabulary)
     todo = [("jaxrnn", setting) for setting in settings(config)]
     if importlib.util.find_spec("torch"):
-        todo += [("torch", setting) for setting in settings(config) if setting.carry]
+        todo += [("torch", setting) for setting in settings(config)]
     else:
         print("torch is not installed: left out", file=sys.stderr)
     # JAX's threads and torch's disturb each other, so torch gets a process, once JAX is done.
