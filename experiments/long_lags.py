@@ -17,6 +17,7 @@ in adding, wrong is more than 0.2 off.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -218,10 +219,11 @@ def train(config: Config, task: Task, T: int, H: int, method: Method, updates: i
         changes, opt_state = optimizer.update(grads, opt_state)
         return (optax.apply_updates(params, changes), opt_state), None
 
-    parts = -(-config.test_size // PART)
+    parts = math.ceil(config.test_size / PART)
+    size = math.ceil(config.test_size / parts)
 
     def share_wrong(params, key):
-        batch = task.batch(key, T, -(-config.test_size // parts))
+        batch = task.batch(key, T, size)
         h_T, _ = jaxrnn.hidden_states(params, batch.xs, activation=f)
         return task.wrong(h_T @ params.W_y.T + params.b_y, batch.targets[-1]).mean()
 

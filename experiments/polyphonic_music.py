@@ -89,7 +89,8 @@ def read(path: Path | None) -> dict[str, list[np.ndarray]]:
     if path is None:
         raise InputError("--data: expected a .mat file of piano rolls, got none")
     try:
-        file = scipy.io.loadmat(path)
+        with path.open("rb") as opened:
+            file = scipy.io.loadmat(opened)
         parts = {part: list(file[f"{part}data"][0]) for part in ("train", "valid", "test")}
     except OSError as error:
         raise InputError(f"{path}: expected a readable .mat file: {error.strerror}") from None

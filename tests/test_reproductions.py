@@ -90,14 +90,17 @@ def test_a_folder_that_cannot_be_is_named(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"{tmp_path}/file: expected a folder to write to")
 
 
-@pytest.mark.parametrize("content", [None, b"no piano rolls"])
-def test_music_that_cannot_be_read_is_named(content, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "a readable .mat file: No such file"), (b"no piano rolls", "piano rolls as .mat, got")],
+)
+def test_music_that_cannot_be_read_is_named(content, why, tmp_path, capsys):
     path = tmp_path / "music.mat"
     if content:
         path.write_bytes(content)
     flags = ["--smoke", "--out", str(tmp_path / "out"), "--data", str(path)]
     assert polyphonic_music.run(flags) == 2
-    assert capsys.readouterr().err.startswith(f"{path}: expected")
+    assert capsys.readouterr().err.startswith(f"{path}: expected {why}")
 
 
 def test_mean_and_spread():
