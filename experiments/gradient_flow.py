@@ -9,8 +9,8 @@ the largest singular value, rho the largest |eigenvalue| and max f' = 1 (Bengio,
     rho^k         is how it goes over k steps in a linear network, but for a factor
 
 |dL/dh_t| is measured for Gaussian W_h scaled to rho, at initialisation and while the network learns
-the temporal order problem (see long_lags) by gradient descent with clipping. Then the threshold is
-varied at one rho, from so low that little is learnt in time to none at all.
+temporal_order by gradient descent with clipping. Then the threshold is varied at one rho, from so
+low that little is learnt in time to none at all.
 
     python -m experiments.gradient_flow --out runs/gradient_flow
 """
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 import jaxrnn
 from experiments import runs
-from experiments.long_lags import order_batch
 from experiments.reports import Report, finite, mean_and_spread
 from experiments.seeds import share_out, use_all_cores
+from experiments.temporal_order import order_batch
 from jaxrnn import Activation, Batch, Params
 
 

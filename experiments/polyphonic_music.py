@@ -40,8 +40,9 @@ from experiments.regularizer import regularizer
 from experiments.reports import Report, mean_and_spread
 from experiments.runs import InputError
 from experiments.seeds import share_out, use_all_cores
-from jaxrnn import Batch, Params, binary_cross_entropy
+from jaxrnn import Activation, Batch, Params, binary_cross_entropy, relu, tanh
 
+ACTIVATIONS = {"tanh": tanh, "relu": relu}
 COLUMNS = ("alone", "+ clipping", "+ clipping + regulariser")
 
 
@@ -51,17 +52,21 @@ class Config:
 
     data: Path | None = None
     """A .mat file of piano rolls, with traindata, validdata and testdata."""
-    epochs: int = 120
+    epochs: int = 20
     """Times that the training pieces are read."""
-    hidden_size: int = 150
-    """Hidden units, H."""
+    activation: Literal["tanh", "relu"] = "relu"
+    """f."""
+    hidden_size: int = 467
+    """Hidden units, H; 467 are 300,000 parameters, as published for JSB."""
+    radius: float = 0.25
+    """W_h starts as an orthogonal matrix times this: its spectral radius."""
     batch_size: int = 4
     """Parallel streams that the pieces are laid out in, B."""
-    window: int = 64
+    window: int = 16
     """Steps of backpropagation through time, T."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or gradient descent with momentum 0.9."""
-    learning_rates: tuple[float, float, float] = (0.001, 0.001, 0.001)
+    learning_rates: tuple[float, float, float] = (0.002, 0.002, 0.002)
     """Of the three columns, at the start; they fall to zero along half a cosine."""
     clip: float = 0.5
     """The threshold for the gradient's norm."""
@@ -131,18 +136,22 @@ def as_floats(batch: Batch) -> Batch:
     )
 
 
-@jax.jit
-@partial(jax.vmap, in_axes=(0, None))
-def nats(params: Params, batches: Batch):
-    """The mean over all steps of all windows, the state carried from one to the next."""
+@partial(jax.jit, static_argnames="activation")
+def nats(params: Params, batches: Batch, *, activation: Activation):
+    """For each seed the mean over all steps of all windows, the state carried along."""
 
-    def window(h, batch):
-        value, h = jaxrnn.sequence_loss(params, as_floats(batch), h, loss=binary_cross_entropy)
-        return h, (value * batch.mask.sum(), batch.mask.sum())
+    def mean(params):
+        def window(h, batch):
+            value, h = jaxrnn.sequence_loss(
+                params, as_floats(batch), h, activation=activation, loss=binary_cross_entropy
+            )
+            return h, (value * batch.mask.sum(), batch.mask.sum())
 
-    h_0 = jnp.zeros((batches.xs.shape[2], params.W_h.shape[0]))
-    _, (sums, counts) = lax.scan(window, h_0, batches)
-    return sums.sum() / counts.sum()
+        h_0 = jnp.zeros((batches.xs.shape[2], params.W_h.shape[0]))
+        _, (sums, counts) = lax.scan(window, h_0, batches)
+        return sums.sum() / counts.sum()
+
+    return jax.vmap(mean)(params)
 
 
 def make_epoch(config: Config, column: str, updates: int):
@@ -152,12 +161,12 @@ def make_epoch(config: Config, column: str, updates: int):
     descend = optax.adam(rate) if config.optimizer == "adam" else optax.sgd(rate, momentum=0.9)
     optimizer = optax.chain(clip, descend)
     weight = config.regularizer if column == COLUMNS[2] else 0.0
-    loss = binary_cross_entropy
+    f, loss = ACTIVATIONS[config.activation], binary_cross_entropy
 
     def gradient(params, batch, h):
-        (value, h_T), grads = jaxrnn.bptt(params, batch, h, loss=loss)
+        (value, h_T), grads = jaxrnn.bptt(params, batch, h, activation=f, loss=loss)
         if weight:
-            omega = jax.grad(regularizer)(params, batch, h, loss=loss)
+            omega = jax.grad(regularizer)(params, batch, h, activation=f, loss=loss)
             grads = jax.tree.map(lambda d, d_omega: d + weight * d_omega, grads, omega)
         return value, h_T, grads
 
@@ -187,12 +196,15 @@ def train(config: Config, column: str, pieces: dict[str, list[np.ndarray]]):
     windows = lay_out(rngs[0], pieces["train"], config).xs.shape[0] + 1
     optimizer, epoch = make_epoch(config, column, windows * config.epochs)
     wide = dataclasses.replace(config, batch_size=16)
+    evaluate = partial(nats, activation=ACTIVATIONS[config.activation])
     valid, test = (lay_out(rngs[0], pieces[part], wide) for part in ("valid", "test"))
 
     key_init, key_dropout = jax.random.split(jax.random.key(config.seed))
     notes, H = pieces["train"][0].shape[1], config.hidden_size
+    orthogonal = jax.nn.initializers.orthogonal(config.radius)
     started = [
-        jaxrnn.init(key, notes, H, notes) for key in jax.random.split(key_init, config.seeds)
+        jaxrnn.init(key, notes, H, notes, W_h_init=orthogonal)
+        for key in jax.random.split(key_init, config.seeds)
     ]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *started)
     params, opt_state = share_out((params, jax.vmap(optimizer.init)(params)))
@@ -201,14 +213,15 @@ def train(config: Config, column: str, pieces: dict[str, list[np.ndarray]]):
         batches = share_out(jax.tree.map(lambda *leaves: np.stack(leaves), *laid_out))
         keys = share_out(jax.random.split(jax.random.fold_in(key_dropout, n), config.seeds))
         params, opt_state, values = epoch(params, opt_state, keys, batches)
-        figures = (values, nats(params, valid), nats(params, test))
+        figures = (values, evaluate(params, valid), evaluate(params, test))
         yield [np.asarray(figure).tolist() for figure in figures]
 
 
 def at_best(rows: list[dict]) -> list[float]:
-    """For each seed the test figure of the epoch with the best validation figure."""
+    """For each seed the test figure of the epoch with the best validation figure, if one has."""
     valid, test = (np.array([row[part] for row in rows]) for part in ("valid", "test"))
-    return test[np.nanargmin(valid, axis=0), np.arange(test.shape[1])].tolist()
+    best = np.where(np.isnan(valid), np.inf, valid).argmin(axis=0)
+    return test[best, np.arange(test.shape[1])].tolist()
 
 
 def draw(rows: list[dict], published: tuple[float, ...] = ()):
@@ -227,7 +240,8 @@ def draw(rows: list[dict], published: tuple[float, ...] = ()):
         right.axhline(value, color="k", lw=0.8, ls="--")
         right.annotate(f"published {value}", (2.4, value), ha="right", va="bottom", fontsize=8)
     left.set(xlabel="epochs", ylabel="NLL on validation pieces, nats a step")
-    floor = min(min(row["valid"]) for row in rows)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    floor = np.nanmin([row["valid"] for row in rows])
     left.set_ylim(0.98 * floor, 1.25 * floor)
     left.legend()
     right.set(ylabel="NLL on test pieces, nats a step", xlim=(-0.5, len(COLUMNS) - 0.5))

@@ -14,7 +14,7 @@ import pytest
 import scipy.io
 
 import jaxrnn
-from experiments import copy_memory, long_lags, polyphonic_music, runs
+from experiments import adding, copy_memory, lags, polyphonic_music, runs, temporal_order
 from experiments.regularizer import regularizer
 from experiments.reports import mean_and_spread
 from jaxrnn import Batch
@@ -23,7 +23,8 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NEEDS = {"mnist_1d": "mnist1d", "japanese_vowels": "aeon"}
 NAMES = [
     "gradient_flow",
-    "long_lags",
+    "temporal_order",
+    "adding",
     "copy_memory",
     "mnist_1d",
     "japanese_vowels",
@@ -79,9 +80,9 @@ def test_every_setting_is_a_flag_with_its_default_and_its_help(name, capsys):
 
 
 def test_a_flag_beats_the_small_default():
-    config = runs.parse(long_lags.Config, ["--smoke", "--seeds", "3"], long_lags.SMOKE)
-    assert (config.seeds, config.batch_size) == (3, long_lags.SMOKE["batch_size"])
-    assert runs.parse(long_lags.Config, [], long_lags.SMOKE) == long_lags.Config()
+    config = runs.parse(adding.Config, ["--smoke", "--seeds", "3"], lags.SMOKE)
+    assert (config.seeds, config.batch_size) == (3, lags.SMOKE["batch_size"])
+    assert runs.parse(adding.Config, [], lags.SMOKE) == adding.Config()
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path, capsys):
@@ -110,7 +111,7 @@ def test_mean_and_spread():
 
 def test_temporal_order_is_what_the_two_symbols_say():
     T, B = 50, 200
-    batch = long_lags.order_batch(jax.random.key(0), T, B)
+    batch = temporal_order.order_batch(jax.random.key(0), T, B)
     xs, targets = np.asarray(batch.xs), np.asarray(batch.targets[-1])
     for b in range(B):
         first, second = np.flatnonzero(xs[:, b] < 2)
@@ -122,25 +123,31 @@ def test_temporal_order_is_what_the_two_symbols_say():
 
 def test_the_sum_is_that_of_the_marked_numbers():
     T, B = 20, 100
-    batch = long_lags.adding_batch(jax.random.key(0), T, B)
+    batch = adding.adding_batch(jax.random.key(0), T, B)
     numbers, marks = np.moveaxis(np.asarray(batch.xs), -1, 0)
     assert (marks[: T // 2].sum(axis=0) == 1).all()
     assert (marks[T // 2 :].sum(axis=0) == 1).all()
     np.testing.assert_allclose(batch.targets[-1, :, 0], (numbers * marks).sum(axis=0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("task", [long_lags.ORDER, long_lags.ADDING], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [temporal_order.TASK, adding.TASK], ids=lambda task: task.name)
 def test_a_network_that_has_diverged_has_solved_nothing(task):
-    target = jnp.ones(3, int) if task is long_lags.ORDER else jnp.ones((3, 1))
+    target = jnp.ones(3, int) if task is temporal_order.TASK else jnp.ones((3, 1))
     assert task.wrong(jnp.full((3, task.output_size), jnp.nan), target).all()
 
 
 def test_the_first_solved_check_counts():
     rows = [
-        {"task": "t", "T": 5, "method": "m", "updates": n, "errors": errors}
-        for n, errors in [(10, [0.5, 0.0]), (20, [0.01, 0.9]), (30, [0.3, 0.9])]
+        {"T": T, "method": method, "updates": n, "errors": errors}
+        for T, method, n, errors in [
+            (6, "m", 5, [0.0, 0.0]),
+            (5, "n", 5, [0.0, 0.0]),
+            (5, "m", 10, [0.5, 0.0]),
+            (5, "m", 20, [0.01, 0.9]),
+            (5, "m", 30, [0.3, 0.9]),
+        ]
     ]
-    assert long_lags.solved_after(rows, "t", 5, "m") == [20, 10]
+    assert lags.solved_after(rows, 5, "m") == [20, 10]
 
 
 def test_copying_asks_for_the_symbols_again():
@@ -200,6 +207,14 @@ def test_the_regulariser_equals_its_definition_step_by_step(x64):
     assert regularizer(params, batch, h_0) == pytest.approx(float(np.mean(terms)), rel=1e-12)
 
 
+def test_the_best_epoch_of_each_seed_counts_and_none_of_one_that_diverged():
+    rows = [
+        {"valid": [3.0, 2.0, np.nan], "test": [3.1, 2.1, np.nan]},
+        {"valid": [1.0, np.nan, np.nan], "test": [1.5, np.nan, np.nan]},
+    ]
+    np.testing.assert_equal(polyphonic_music.at_best(rows), [1.5, 2.1, np.nan])
+
+
 def test_pieces_are_laid_out_whole(music):
     """Each piece once, next to its own next steps; a mean over windows is that over pieces."""
     rolls = polyphonic_music.read(music)["train"]
@@ -222,10 +237,12 @@ def test_pieces_are_laid_out_whole(music):
     for roll in rolls:
         roll = jnp.asarray(roll, jnp.float32)
         alone = Batch(roll[:-1], roll[1:])
-        value, _ = jaxrnn.sequence_loss(params, alone, loss=jaxrnn.binary_cross_entropy)
+        value, _ = jaxrnn.sequence_loss(
+            params, alone, activation=jaxrnn.relu, loss=jaxrnn.binary_cross_entropy
+        )
         sums, steps = sums + value * (len(roll) - 1), steps + len(roll) - 1
     stacked = jax.tree.map(lambda leaf: leaf[None], params)
-    assert polyphonic_music.nats(stacked, batches)[0] == pytest.approx(
+    assert polyphonic_music.nats(stacked, batches, activation=jaxrnn.relu)[0] == pytest.approx(
         float(sums) / steps, rel=1e-5
     )
 

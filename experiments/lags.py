@@ -1,24 +1,18 @@
 """Can a plain recurrent network be trained to remember over T steps?
 
-Temporal order: two of T symbols matter, one at 10 to 20 % of the way and one at 50 to 60 %; which
-were they, in which order (Hochreiter and Schmidhuber 1997, task 6a, as Pascanu, Mikolov and Bengio
-2013 have it)? Adding: the sum of the two marked numbers of T, one in each half (task 4, as Le,
-Jaitly and Hinton 2015 have it). Four ways to train, several seeds each, all seeds at once:
+What temporal_order and adding share: the settings, four ways to train, training of all seeds at
+once, the figure. The ways:
 
     tanh                    Adam, nothing else
     + clipping              the gradient's norm is cut at a threshold
     + regulariser           and the loss asks that gradients keep their norm through time
     identity ReLU           the IRNN: W_h starts as the identity, f = ReLU, with clipping
 
-A seed counts as solved at the first check at which at most 1 % of 10,000 fresh sequences are wrong;
-in adding, wrong is more than 0.2 off.
-
-    python -m experiments.long_lags --out runs/long_lags
+A seed counts as solved at the first check at which at most 1 % of 10,000 fresh sequences are wrong.
 """
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,7 +27,6 @@ from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import runs
 from experiments.regularizer import regularizer
 from experiments.reports import Report
 from experiments.seeds import share_out, use_all_cores
@@ -46,24 +39,20 @@ Name = Literal["tanh", "+ clipping", "+ regulariser", "identity ReLU"]
 class Config:
     """Success rates against the lag, for four ways to train a plain recurrent network."""
 
-    order_lengths: tuple[int, ...] = (50, 100)
-    """T of the temporal order problem."""
-    adding_lengths: tuple[int, ...] = (50, 150)
-    """T of the adding problem."""
-    order_updates: int = 12_000
+    lengths: tuple[int, ...]
+    """T of the problem."""
+    updates: int
     """Updates at most, at each T."""
-    adding_updates: int = 9_000
-    """Updates at most, at each T."""
+    hidden_size: int
+    """Hidden units, H."""
+    out: Path
+    """The folder for metrics.jsonl, figure.png and summary.json."""
     check_every: int = 1_000
     """Updates between two checks."""
     test_size: int = 10_000
     """Fresh sequences at each check."""
     batch_size: int = 20
     """Sequences in an update, each of them new, B."""
-    order_hidden: int = 50
-    """Hidden units, H, for temporal order."""
-    adding_hidden: int = 100
-    """Hidden units, H, for adding."""
     learning_rate: float = 1e-3
     """Of Adam, for tanh."""
     identity_learning_rate: float = 1e-4
@@ -78,55 +67,20 @@ class Config:
     """Networks, trained at once."""
     seed: int = 0
     """Of everything."""
-    out: Path = Path("runs/long_lags")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
     smoke: bool = False
     """Sizes that take seconds, to see that everything runs."""
 
 
 SMOKE = {
-    "order_lengths": (10,),
-    "adding_lengths": (10,),
-    "order_updates": 4,
-    "adding_updates": 4,
+    "lengths": (10,),
+    "updates": 4,
+    "hidden_size": 16,
     "check_every": 2,
     "test_size": 20,
     "batch_size": 2,
-    "order_hidden": 16,
-    "adding_hidden": 5,
     "methods": ("+ regulariser", "identity ReLU"),
     "seeds": 2,
 }
-
-
-def order_batch(key, T: int, B: int) -> Batch:
-    """Symbols 0 and 1 matter, 2 to 5 distract; the target at the last step is one of four."""
-    key_others, key_first, key_second, key_which = jax.random.split(key, 4)
-    xs = jax.random.randint(key_others, (T, B), 2, 6)
-    first = jax.random.randint(key_first, (B,), T // 10, T // 5)
-    second = jax.random.randint(key_second, (B,), T // 2, T // 2 + T // 10)
-    which = jax.random.randint(key_which, (2, B), 0, 2)
-    sequence = jnp.arange(B)
-    xs = xs.at[first, sequence].set(which[0]).at[second, sequence].set(which[1])
-    return Batch(xs, jnp.broadcast_to(which[0] + 2 * which[1], (T, B)), weights=last_step(T, B))
-
-
-def adding_batch(key, T: int, B: int) -> Batch:
-    """Uniform numbers, and beside them marks: one in each half. The target is a sum."""
-    key_numbers, key_first, key_second = jax.random.split(key, 3)
-    numbers = jax.random.uniform(key_numbers, (T, B))
-    first = jax.random.randint(key_first, (B,), 0, T // 2)
-    second = jax.random.randint(key_second, (B,), T // 2, T)
-    sequence = jnp.arange(B)
-    marks = jnp.zeros((T, B)).at[first, sequence].set(1).at[second, sequence].set(1)
-    sums = (numbers * marks).sum(axis=0)
-    xs = jnp.stack([numbers, marks], axis=-1)
-    return Batch(xs, jnp.broadcast_to(sums[:, None], (T, B, 1)), weights=last_step(T, B))
-
-
-def last_step(T: int, B: int):
-    return jnp.zeros((T, B)).at[-1].set(1)
-
 
 SOLVED = 0.01
 """The share of wrong answers at most."""
@@ -136,7 +90,7 @@ PART = 500
 
 
 class Task(NamedTuple):
-    """A problem: its batches, sizes and loss, and which last outputs are wrong."""
+    """A problem: its batches, sizes and loss, which last outputs are wrong, who solved it."""
 
     name: str
     batch: Callable[..., Batch]
@@ -144,16 +98,7 @@ class Task(NamedTuple):
     output_size: int
     loss: Loss
     wrong: Callable
-
-
-ORDER = Task(
-    "temporal order", order_batch, 6, 4, jaxrnn.cross_entropy,
-    wrong=lambda y, target: y.argmax(axis=-1) != target,
-)  # fmt: skip
-ADDING = Task(
-    "adding", adding_batch, 2, 1, jaxrnn.squared_error,
-    wrong=lambda y, target: ~(jnp.abs(y - target)[:, 0] <= 0.2),  # NaN is wrong
-)  # fmt: skip
+    published: Name
 
 
 class Method(NamedTuple):
@@ -198,9 +143,9 @@ def methods(config: Config) -> list[Method]:
     return [method for method in every if method.name in config.methods]
 
 
-def train(config: Config, task: Task, T: int, H: int, method: Method, updates: int):
+def train(config: Config, task: Task, T: int, method: Method):
     """Trains all seeds at once; yields at each check the updates done and each seed's errors."""
-    f, loss, B = method.activation, task.loss, config.batch_size
+    f, loss, B, H = method.activation, task.loss, config.batch_size, config.hidden_size
     clip = optax.clip_by_global_norm(method.clip) if method.clip else optax.identity()
     optimizer = optax.chain(clip, optax.adam(method.learning_rate))
 
@@ -242,15 +187,15 @@ def train(config: Config, task: Task, T: int, H: int, method: Method, updates: i
     ]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *started)
     state = share_out((params, jax.vmap(optimizer.init)(params)))
-    for done in range(config.check_every, updates + 1, config.check_every):
+    for done in range(config.check_every, config.updates + 1, config.check_every):
         keys = jax.random.split(jax.random.fold_in(key_train, done), config.seeds)
         state, errors = updates_and_check(state, share_out(keys))
         yield done, np.asarray(errors).tolist()
 
 
-def solved_after(rows: list[dict], task: str, T: int, method: str) -> list[int | None]:
+def solved_after(rows: list[dict], T: int, method: str) -> list[int | None]:
     """The updates after which each seed had at most 1 % errors for the first time, or None."""
-    mine = [row for row in rows if (row["task"], row["T"], row["method"]) == (task, T, method)]
+    mine = [row for row in rows if (row["T"], row["method"]) == (T, method)]
     seeds = range(len(mine[0]["errors"]))
     return [
         next((row["updates"] for row in mine if row["errors"][seed] <= SOLVED), None)
@@ -258,66 +203,52 @@ def solved_after(rows: list[dict], task: str, T: int, method: str) -> list[int |
     ]
 
 
-def draw(rows: list[dict]):
-    """Left and right: the two tasks; above, the share of seeds that solved; below, how fast."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(
-        2, len(tasks), figsize=(5 * len(tasks), 6), layout="constrained", squeeze=False
-    )
-    for column, task in enumerate(tasks):
-        above, below = axes[:, column]
-        lengths = sorted({row["T"] for row in rows if row["task"] == task})
-        names = list(dict.fromkeys(row["method"] for row in rows))
-        for n, name in enumerate(names):
-            solved = [solved_after(rows, task, T, name) for T in lengths]
-            at = np.arange(len(lengths)) + 0.2 * (n - (len(names) - 1) / 2)
-            shares = [100 * (len(s) - s.count(None)) / len(s) for s in solved]
-            above.bar(at, np.maximum(shares, 0.8), 0.18, color=f"C{n}", label=name)
-            for x, updates in zip(at, solved, strict=True):
-                there = [u for u in updates if u is not None]
-                below.plot([x] * len(there), there, "o", color=f"C{n}", alpha=0.6)
-        if task == ORDER.name:
-            above.axhline(100, color="black", linestyle="--", linewidth=0.8)
-            above.text(-0.45, 102, "published, + regulariser", fontsize=8)
-        above.set(title=task, ylabel="seeds that solved it, %", ylim=(0, 110))
-        below.set(ylabel="updates until solved", xlabel="T, steps")
-        for ax in (above, below):
-            ax.set_xticks(range(len(lengths)), [str(T) for T in lengths])
-            ax.set_xlim(-0.5, len(lengths) - 0.5)
-            ax.grid(axis="y", alpha=0.3)
-        below.set_ylim(0, 1.05 * max(row["updates"] for row in rows if row["task"] == task))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+def last_step(T: int, B: int):
+    """Weights by which the last step alone counts."""
+    return jnp.zeros((T, B)).at[-1].set(1)
+
+
+def draw(rows: list[dict], task: Task):
+    """Above the share of seeds that solved it, against T; below, how fast they did."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), layout="constrained")
+    lengths, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("T", "method"))
+    for n, name in enumerate(names):
+        solved = [solved_after(rows, T, name) for T in lengths]
+        at = np.arange(len(lengths)) + 0.2 * (n - (len(names) - 1) / 2)
+        shares = [100 * (len(s) - s.count(None)) / len(s) for s in solved]
+        above.bar(at, np.maximum(shares, 0.8), 0.18, color=f"C{n}", label=name)
+        for x, updates in zip(at, solved, strict=True):
+            there = [u for u in updates if u is not None]
+            below.plot([x] * len(there), there, "o", color=f"C{n}", alpha=0.6)
+    above.axhline(100, color="black", linestyle="--", linewidth=0.8)
+    above.text(-0.45, 102, f"published, {task.published}", fontsize=8)
+    above.set(ylabel=f"seeds that solved {task.name}, %", ylim=(0, 112))
+    below.set(ylabel="updates until solved", xlabel="T, steps")
+    for ax in (above, below):
+        ax.set_xticks(range(len(lengths)), [str(T) for T in lengths])
+        ax.set_xlim(-0.5, len(lengths) - 0.5)
+        ax.grid(axis="y", alpha=0.3)
+    below.set_ylim(0, 1.05 * max(row["updates"] for row in rows))
+    figure.legend(loc="outside upper center", ncols=4)
     return figure
 
 
-def main(config: Config) -> dict:
+def compare(config: Config, task: Task) -> dict:
+    """Trains each way at each T, until all seeds have solved it; returns the summary."""
     use_all_cores()
     report = Report(config)
-    order = (ORDER, config.order_hidden, config.order_updates)
-    adding = (ADDING, config.adding_hidden, config.adding_updates)
-    settings = [(*order, T) for T in config.order_lengths]
-    settings += [(*adding, T) for T in config.adding_lengths]
-    runs_to_do = [(*setting, method) for setting in settings for method in methods(config)]
+    every = [(T, method) for T in config.lengths for method in methods(config)]
     found = {}
-    with tqdm(runs_to_do, unit="run", disable=None) as bar:
-        for task, H, updates, T, method in bar:
-            name = f"{task.name}, T {T}, {method.name}"
-            for done, errors in train(config, task, T, H, method, updates):
-                report.log(task=task.name, T=T, method=method.name, updates=done, errors=errors)
-                solved = solved_after(report.rows, task.name, T, method.name)
+    with tqdm(every, unit="run", disable=None) as bar:
+        for T, method in bar:
+            name = f"T {T}, {method.name}"
+            for done, errors in train(config, task, T, method):
+                report.log(T=T, method=method.name, updates=done, errors=errors)
+                solved = solved_after(report.rows, T, method.name)
                 count = len(solved) - solved.count(None)
                 bar.set_description(f"{name}: {done} updates, {count} solved")
                 if count == len(solved):
                     break
             found[name] = f"{count} of {config.seeds}"
     ours = "; ".join(f"{name}: {count}" for name, count in found.items())
-    return report.finish(ours, draw, solved=found)
-
-
-def run(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
-
-
-if __name__ == "__main__":
-    sys.exit(run())
+    return report.finish(ours, partial(draw, task=task), solved=found)

@@ -1,0 +1,66 @@
+"""Adding: what does it take to remember two numbers for T steps?
+
+The sum of the two marked numbers of T, one in each half (Hochreiter and Schmidhuber 1997, task 4,
+as Le, Jaitly and Hinton 2015 have it); wrong is more than 0.2 off. The ways to train are those of
+lags.
+
+    python -m experiments.adding --out runs/adding
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import jaxrnn
+from experiments import lags, runs
+from jaxrnn import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(lags.Config):
+    """Success rates against the lag, for four ways to train a plain recurrent network."""
+
+    lengths: tuple[int, ...] = (50, 150)
+    """T of the problem."""
+    updates: int = 9_000
+    """Updates at most, at each T."""
+    hidden_size: int = 100
+    """Hidden units, H."""
+    out: Path = Path("runs/adding")
+    """The folder for metrics.jsonl, figure.png and summary.json."""
+
+
+def adding_batch(key, T: int, B: int) -> Batch:
+    """Uniform numbers, and beside them marks: one in each half. The target is a sum."""
+    key_numbers, key_first, key_second = jax.random.split(key, 3)
+    numbers = jax.random.uniform(key_numbers, (T, B))
+    first = jax.random.randint(key_first, (B,), 0, T // 2)
+    second = jax.random.randint(key_second, (B,), T // 2, T)
+    sequence = jnp.arange(B)
+    marks = jnp.zeros((T, B)).at[first, sequence].set(1).at[second, sequence].set(1)
+    sums = (numbers * marks).sum(axis=0)
+    xs = jnp.stack([numbers, marks], axis=-1)
+    return Batch(xs, jnp.broadcast_to(sums[:, None], (T, B, 1)), weights=lags.last_step(T, B))
+
+
+TASK = lags.Task(
+    "adding", adding_batch, 2, 1, jaxrnn.squared_error,
+    wrong=lambda y, target: ~(jnp.abs(y - target)[:, 0] <= 0.2),  # NaN is wrong
+    published="identity ReLU",
+)  # fmt: skip
+
+
+def main(config: Config) -> dict:
+    return lags.compare(config, TASK)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return runs.exit_status(lambda: main(runs.parse(Config, arguments, lags.SMOKE)))
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,66 @@
+"""Temporal order: what does it take to remember two symbols for T steps?
+
+Two of T symbols matter, one at 10 to 20 % of the way and one at 50 to 60 %: which were they, in
+which order (Hochreiter and Schmidhuber 1997, task 6a, as Pascanu, Mikolov and Bengio 2013 have it)?
+The ways to train are those of lags.
+
+    python -m experiments.temporal_order --out runs/temporal_order
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import jaxrnn
+from experiments import lags, runs
+from jaxrnn import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(lags.Config):
+    """Success rates against the lag, for four ways to train a plain recurrent network."""
+
+    lengths: tuple[int, ...] = (50, 100, 200)
+    """T of the problem."""
+    updates: int = 12_000
+    """Updates at most, at each T."""
+    hidden_size: int = 50
+    """Hidden units, H."""
+    out: Path = Path("runs/temporal_order")
+    """The folder for metrics.jsonl, figure.png and summary.json."""
+
+
+def order_batch(key, T: int, B: int) -> Batch:
+    """Symbols 0 and 1 matter, 2 to 5 distract; the target at the last step is one of four."""
+    key_others, key_first, key_second, key_which = jax.random.split(key, 4)
+    xs = jax.random.randint(key_others, (T, B), 2, 6)
+    first = jax.random.randint(key_first, (B,), T // 10, T // 5)
+    second = jax.random.randint(key_second, (B,), T // 2, T // 2 + T // 10)
+    which = jax.random.randint(key_which, (2, B), 0, 2)
+    sequence = jnp.arange(B)
+    xs = xs.at[first, sequence].set(which[0]).at[second, sequence].set(which[1])
+    targets = jnp.broadcast_to(which[0] + 2 * which[1], (T, B))
+    return Batch(xs, targets, weights=lags.last_step(T, B))
+
+
+TASK = lags.Task(
+    "temporal order", order_batch, 6, 4, jaxrnn.cross_entropy,
+    wrong=lambda y, target: y.argmax(axis=-1) != target,
+    published="+ regulariser",
+)  # fmt: skip
+
+
+def main(config: Config) -> dict:
+    return lags.compare(config, TASK)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return runs.exit_status(lambda: main(runs.parse(Config, arguments, lags.SMOKE)))
+
+
+if __name__ == "__main__":
+    sys.exit(run())
