@@ -37,7 +37,7 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import runs
 from experiments.regularizer import regularizer
-from experiments.reports import Report, mean_and_spread
+from experiments.reports import Report, finite, mean_and_spread
 from experiments.runs import InputError
 from experiments.seeds import share_out, use_all_cores
 from jaxrnn import Activation, Batch, Params, binary_cross_entropy, relu, tanh
@@ -214,12 +214,12 @@ def train(config: Config, column: str, pieces: dict[str, list[np.ndarray]]):
         keys = share_out(jax.random.split(jax.random.fold_in(key_dropout, n), config.seeds))
         params, opt_state, values = epoch(params, opt_state, keys, batches)
         figures = (values, evaluate(params, valid), evaluate(params, test))
-        yield [np.asarray(figure).tolist() for figure in figures]
+        yield [np.asarray(figure) for figure in figures]
 
 
 def at_best(rows: list[dict]) -> list[float]:
     """For each seed the test figure of the epoch with the best validation figure, if one has."""
-    valid, test = (np.array([row[part] for row in rows]) for part in ("valid", "test"))
+    valid, test = (np.array([row[part] for row in rows], float) for part in ("valid", "test"))
     best = np.where(np.isnan(valid), np.inf, valid).argmin(axis=0)
     return test[best, np.arange(test.shape[1])].tolist()
 
@@ -231,7 +231,8 @@ def draw(rows: list[dict], published: tuple[float, ...] = ()):
     )
     for n, column in enumerate(dict.fromkeys(row["column"] for row in rows)):
         mine = [row for row in rows if row["column"] == column]
-        epochs, valid = [row["epoch"] for row in mine], np.array([row["valid"] for row in mine])
+        epochs = [row["epoch"] for row in mine]
+        valid = np.array([row["valid"] for row in mine], float)
         left.plot(epochs, valid.mean(axis=1), f"C{n}", label=column)
         left.fill_between(epochs, valid.min(axis=1), valid.max(axis=1), color=f"C{n}", alpha=0.2)
         tests = at_best(mine)
@@ -241,8 +242,9 @@ def draw(rows: list[dict], published: tuple[float, ...] = ()):
         right.annotate(f"published {value}", (2.4, value), ha="right", va="bottom", fontsize=8)
     left.set(xlabel="epochs", ylabel="NLL on validation pieces, nats a step")
     left.xaxis.get_major_locator().set_params(integer=True)
-    floor = np.nanmin([row["valid"] for row in rows])
-    left.set_ylim(0.98 * floor, 1.25 * floor)
+    floor = np.fmin.reduce([row["valid"] for row in rows], axis=None, dtype=float)
+    if np.isfinite(floor):
+        left.set_ylim(0.98 * floor, 1.25 * floor)
     left.legend()
     right.set(ylabel="NLL on test pieces, nats a step", xlim=(-0.5, len(COLUMNS) - 0.5))
     right.set_xticks(range(len(COLUMNS)), [column.replace(" + ", "\n+ ") for column in COLUMNS])
@@ -258,14 +260,17 @@ def main(config: Config) -> dict:
     results = {}
     for column in COLUMNS:
         bar = tqdm(train(config, column, pieces), total=config.epochs, unit="epoch", disable=None)
-        for epoch, (train_nll, valid, test) in enumerate(bar, start=1):
-            report.log(column=column, epoch=epoch, train=train_nll, valid=valid, test=test)
-            bar.set_description(f"{column}: valid {np.mean(valid):.2f}")
+        for epoch, figures in enumerate(bar, start=1):
+            parts = zip(("train", "valid", "test"), map(finite, figures), strict=True)
+            report.log(column=column, epoch=epoch, **dict(parts))
+            bar.set_description(f"{column}: valid {figures[1].mean():.2f}")
         results[column] = at_best([row for row in report.rows if row["column"] == column])
     name = {"adam": "Adam", "sgd": "gradient descent"}[config.optimizer]
     found = "; ".join(f"{column} {mean_and_spread(r, 2)}" for column, r in results.items())
     return report.finish(
-        f"{name}: {found}", partial(draw, published=config.published), test=results
+        f"{name}: {found}",
+        partial(draw, published=config.published),
+        test={column: finite(r) for column, r in results.items()},
     )
 
 

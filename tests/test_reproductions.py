@@ -92,6 +92,24 @@ def test_a_folder_that_cannot_be_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["--seed", "-1"], "--seed: expected at least 0, got -1"),
+        (["--lengths", "5", "0"], "--lengths: expected at least 1, got 0"),
+        (["--lengths"], "--lengths: expected at least one, got none"),
+        (["--check-every", "5"], "--updates: expected at least --check-every, 5, got 4"),
+    ],
+)
+@pytest.mark.parametrize("module", [temporal_order, copy_memory])
+def test_a_setting_that_is_too_small_is_named(module, flags, why, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert module.run(["--smoke", "--out", str(out), *flags]) == 2
+    assert capsys.readouterr().err == why + "\n"
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
     ("content", "why"),
     [(None, "a readable .mat file: No such file"), (b"no piano rolls", "piano rolls as .mat, got")],
 )
@@ -213,6 +231,17 @@ def test_the_best_epoch_of_each_seed_counts_and_none_of_one_that_diverged():
         {"valid": [1.0, np.nan, np.nan], "test": [1.5, np.nan, np.nan]},
     ]
     np.testing.assert_equal(polyphonic_music.at_best(rows), [1.5, 2.1, np.nan])
+
+
+def test_music_that_has_diverged_is_written_as_json_all_the_same(music, tmp_path):
+    rates = ["--optimizer", "sgd", "--learning-rates", "1e30", "1e30", "1e30"]
+    out = tmp_path / "out"
+    assert polyphonic_music.run(["--smoke", "--data", str(music), "--out", str(out), *rates]) == 0
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["valid"] == [None, None]
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["figures"]["test"]["alone"] == [None, None]
+    assert "alone nan" in summary["ours"]
 
 
 def test_pieces_are_laid_out_whole(music):
