@@ -21,7 +21,7 @@ from jaxrnn import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Config(lags.Config):
-    """Success rates against the lag, for four ways to train a plain recurrent network."""
+    """Success rates in adding against T, for four ways to train."""
 
     lengths: tuple[int, ...] = (50, 150)
     """T of the problem."""
@@ -53,13 +53,9 @@ TASK = lags.Task(
 )  # fmt: skip
 
 
-def main(config: Config) -> dict:
-    return lags.compare(config, TASK)
-
-
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: main(runs.parse(Config, arguments, lags.SMOKE)))
+    return runs.exit_status(lambda: lags.compare(runs.parse(Config, arguments, lags.SMOKE), TASK))
 
 
 if __name__ == "__main__":

@@ -241,22 +241,12 @@ def stop_if_diverged(rows: list[dict], max_skipped: int) -> None:
         raise Diverged(rows[-1]["step"], max_skipped, norms)
 
 
-def check_config(config: Config) -> None:
-    for name in ("steps", "hidden_size", "batch_size", "window", "devices", "max_skipped"):
-        if getattr(config, name) < 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag}: expected at least 1, got {getattr(config, name)}")
-    if config.checkpoint_every_steps is not None and config.checkpoint_every_steps < 1:
-        raise InputError(
-            f"--checkpoint-every-steps: expected at least 1, got {config.checkpoint_every_steps}"
-        )
+def check_learning_rate(config: Config) -> None:
     float32 = np.finfo(np.float32)
     if not float(float32.tiny) <= config.learning_rate <= float(float32.max):
         raise InputError(
             f"--learning-rate: expected above 0 in float32, got {config.learning_rate}"
         )
-    if not 0 <= config.seed < 2**32 - 1:
-        raise InputError(f"--seed: expected at least 0, below {2**32 - 1}, got {config.seed}")
 
 
 def check_memory(config: Config, vocabulary: list[str]) -> None:
@@ -289,7 +279,7 @@ def settings_of(config: Config, text: str) -> dict:
 
 
 def main(config: Config) -> dict:
-    check_config(config)
+    check_learning_rate(config)
     check_devices(config)
     text = read_text(config.text)
     vocabulary, parts = split(text, config)

@@ -25,7 +25,6 @@ class Report:
     """
 
     def __init__(self, config):
-        check_counts(config)
         self.config, self.folder = config, config.out
         self.rows: list[dict] = []
         self._start = time.monotonic()
@@ -76,27 +75,6 @@ class Report:
         runs.write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(f"{ours}\n{seconds:.0f} s; all of it is in {self.folder}")
         return summary
-
-
-def check_counts(config) -> None:
-    """Every whole number among the settings counts something: it is 0 only where the default is.
-
-    Raises:
-      InputError: one is too small, a list is empty, or no check is made within the updates.
-    """
-    for field in dataclasses.fields(config):
-        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
-        least = 0 if field.default == 0 else 1
-        if value == () != field.default:
-            raise InputError(f"{flag}: expected at least one, got none")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int) and not isinstance(number, bool) and number < least:
-                raise InputError(f"{flag}: expected at least {least}, got {number}")
-    every = getattr(config, "check_every", None)
-    if every and config.updates < every:
-        raise InputError(
-            f"--updates: expected at least --check-every, {every}, got {config.updates}"
-        )
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:

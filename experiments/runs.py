@@ -9,6 +9,7 @@
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -246,7 +247,7 @@ def parse(config: type, arguments: list[str] | None, smoke: dict | None = None):
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(config, args=arguments, default=default)
+            parsed = tyro.cli(config, args=arguments, default=default)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -254,6 +255,27 @@ def parse(config: type, arguments: list[str] | None, smoke: dict | None = None):
         lines = [line.strip("│╭╮╰╯ ") for line in told.getvalue().splitlines()][1:]
         parts = re.split("^[─-]+$", "\n".join(lines), flags=re.MULTILINE)
         raise InputError(" ".join(next(filter(str.strip, parts)).split())) from None
+    check_counts(parsed)
+    return parsed
+
+
+def check_counts(config) -> None:
+    """Whole numbers count something: 0 is one only where it is the default. Seeds have 32 bits."""
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if field.name == "seed":
+            if not 0 <= value < 2**32 - 1:
+                raise InputError(f"{flag}: expected at least 0, below {2**32 - 1}, got {value}")
+            continue
+        if value == () != field.default:
+            raise InputError(f"{flag}: expected at least one, got none")
+        least = 0 if field.default == 0 else 1
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and number < least:
+                raise InputError(f"{flag}: expected at least {least}, got {number}")
+    every = getattr(config, "check_every", 1)
+    if hasattr(config, "updates") and config.updates % every:
+        raise InputError(f"--updates: expected a multiple of {every}, got {config.updates}")
 
 
 def exit_status(main: Callable[[], object]) -> int:

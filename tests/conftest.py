@@ -11,7 +11,9 @@ os.environ.setdefault(
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
+import scipy.io
 
 # The first example compiles; how long that takes says nothing. The same examples every time.
 hypothesis.settings.register_profile("jaxrnn", deadline=None, derandomize=True, max_examples=50)
@@ -24,3 +26,19 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+def pieces(rng, count):
+    cells = np.empty((1, count), object)
+    for n in range(count):
+        cells[0, n] = (rng.random((rng.integers(5, 20), 88)) < 0.05).astype(float)
+    return cells
+
+
+@pytest.fixture
+def music(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "music.mat"
+    parts = {f"{part}data": pieces(rng, n) for part, n in (("train", 6), ("valid", 3), ("test", 3))}
+    scipy.io.savemat(path, parts)
+    return path

@@ -1,0 +1,77 @@
+"""Polyphonic music: what is read, how it is laid out, which figure counts."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from experiments import polyphonic_music
+from jaxrnn import Batch
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [(None, "a readable .mat file: No such file"), (b"no piano rolls", "piano rolls as .mat, got")],
+)
+def test_music_that_cannot_be_read_is_named(content, why, tmp_path, capsys):
+    path = tmp_path / "music.mat"
+    if content:
+        path.write_bytes(content)
+    flags = ["--smoke", "--out", str(tmp_path / "out"), "--data", str(path)]
+    assert polyphonic_music.run(flags) == 2
+    assert capsys.readouterr().err.startswith(f"{path}: expected {why}")
+
+
+def test_the_best_epoch_of_each_seed_counts_and_none_of_one_that_diverged():
+    rows = [
+        {"valid": [3.0, 2.0, np.nan], "test": [3.1, 2.1, np.nan]},
+        {"valid": [1.0, np.nan, np.nan], "test": [1.5, np.nan, np.nan]},
+    ]
+    np.testing.assert_equal(polyphonic_music.at_best(rows), [1.5, 2.1, np.nan])
+
+
+def test_music_that_has_diverged_is_written_as_json_all_the_same(music, tmp_path):
+    rates = ["--optimizer", "sgd", "--learning-rates", "1e30", "1e30", "1e30"]
+    out = tmp_path / "out"
+    assert polyphonic_music.run(["--smoke", "--data", str(music), "--out", str(out), *rates]) == 0
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["valid"] == [None, None]
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["figures"]["test"]["alone"] == [None, None]
+    assert "alone nan" in summary["ours"]
+
+
+def test_pieces_are_laid_out_whole(music):
+    """Each piece once, next to its own next steps; a mean over windows is that over pieces."""
+    rolls = polyphonic_music.read(music)["train"]
+    config = polyphonic_music.Config(batch_size=2, window=4)
+    rng = np.random.default_rng(1)
+    batches = polyphonic_music.lay_out(rng, rolls, config)
+    flat = [np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in batches[:4]]
+    xs, targets, mask, reset = flat
+    found = []
+    for b in range(2):
+        starts = [*np.flatnonzero(reset[:, b]), mask[:, b].sum()]
+        for at, end in itertools.pairwise(starts):
+            assert mask[at:end, b].all()
+            assert (xs[at + 1 : end, b] == targets[at : end - 1, b]).all()
+            found.append(np.concatenate([xs[at : at + 1, b], targets[at:end, b]]).tobytes())
+    assert sorted(found) == sorted(roll.tobytes() for roll in rolls)
+
+    params = jaxrnn.init(jax.random.key(0), 88, 5, 88)
+    sums, steps = 0.0, 0
+    for roll in rolls:
+        roll = jnp.asarray(roll, jnp.float32)
+        alone = Batch(roll[:-1], roll[1:])
+        value, _ = jaxrnn.sequence_loss(
+            params, alone, activation=jaxrnn.relu, loss=jaxrnn.binary_cross_entropy
+        )
+        sums, steps = sums + value * (len(roll) - 1), steps + len(roll) - 1
+    stacked = jax.tree.map(lambda leaf: leaf[None], params)
+    assert polyphonic_music.nats(stacked, batches, activation=jaxrnn.relu)[0] == pytest.approx(
+        float(sums) / steps, rel=1e-5
+    )
