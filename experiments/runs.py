@@ -131,9 +131,8 @@ class Run:
 
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
-            if (
-                signal.getsignal(number) != signal.SIG_IGN
-            ):  # a shell's background job ignores SIGINT
+            # A shell's background job ignores SIGINT, and goes on to.
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._on_signal)
         self._metrics = open(self._path, "ab")
         self._sha256 = hashlib.sha256(self._path.read_bytes())

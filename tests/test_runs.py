@@ -111,6 +111,17 @@ def test_a_run_resumes_from_its_last_checkpoint_to_the_same_bytes(
     assert "holds no checkpoint; starting at step 0" in capsys.readouterr().err
 
 
+@pytest.fixture
+def usual_signals():
+    """Both signals end a process; where the tests run in the background, SIGINT is ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_says_so(name, char_lm_in, tmp_path, stopped_at, monkeypatch, capsys):
     number = getattr(signal, name)
@@ -129,6 +140,16 @@ def test_a_signal_saves_and_says_so(name, char_lm_in, tmp_path, stopped_at, monk
     assert checkpoints.newest(out).step == 8
 
 
+@pytest.mark.usefixtures("usual_signals")
+def test_a_signal_that_is_ignored_stays_so(char_lm_in, stopped_at):
+    """As that of a shell's background jobs is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stopped_at(8, lambda *_: signal.raise_signal(signal.SIGINT))
+    assert char_lm_in() == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("usual_signals")
 def test_a_second_signal_ends_at_once(stopped_at, char_lm_in):
     def twice(*_):
         signal.raise_signal(signal.SIGTERM)
