@@ -10,32 +10,32 @@
 
     theta <- theta - eta dtheta                                               update.py
 
-Shapes: T steps, any number of batch axes, time first: xs (T, *batch, I), hs (T, *batch, H),
-ys (T, *batch, O). A plural is a trajectory, a leading d the derivative of the loss.
+Shapes: T steps, zero or more batch axes, time first: xs (T, *batch, I), hs (T, *batch, H),
+ys (T, *batch, O). A plural is a trajectory. A leading d is the derivative of the loss.
 """
 
-from jaxrnn import checkpoints, interop
+from jaxrnn import checkpoints, interop, serialization
 from jaxrnn.activations import Activation, identity, relu, sigmoid, tanh
 from jaxrnn.backward import bptt
-from jaxrnn.checkpoints import Checkpoint, CheckpointError
-from jaxrnn.checks import check_values
-from jaxrnn.flow import Flow, gradient_flow
+from jaxrnn.batches import Batch
+from jaxrnn.dynamics import Flow, gradient_flow
+from jaxrnn.evaluation import evaluate
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
-from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, squared_error
+from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, mean_loss, squared_error
 from jaxrnn.parallel import data_parallel
 from jaxrnn.params import Params, init, scaled_identity
-from jaxrnn.resuming import from_arrays, load_fit, save_fit, to_arrays
-from jaxrnn.sequences import Batch, buckets, mask_from_lengths, pad, unpad, windows
-from jaxrnn.training import Evaluation, Fit, evaluate, fit
+from jaxrnn.recurrence import readout
+from jaxrnn.sequences import buckets, mask_from_lengths, pad, unpad, windows
+from jaxrnn.serialization import load_fit, save_fit
+from jaxrnn.training import Evaluation, Fit, fit
 from jaxrnn.update import Diverged, Metrics, TrainState, init_state, make_update, sgd
+from jaxrnn.value_checks import check_values
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "Activation",
     "Batch",
-    "Checkpoint",
-    "CheckpointError",
     "Diverged",
     "Evaluation",
     "Fit",
@@ -53,7 +53,6 @@ __all__ = [
     "data_parallel",
     "evaluate",
     "fit",
-    "from_arrays",
     "gradient_flow",
     "hidden_states",
     "identity",
@@ -63,17 +62,19 @@ __all__ = [
     "load_fit",
     "make_update",
     "mask_from_lengths",
+    "mean_loss",
     "pad",
+    "readout",
     "relu",
     "save_fit",
     "scaled_identity",
     "sequence_loss",
+    "serialization",
     "sgd",
     "sigmoid",
     "squared_error",
     "step",
     "tanh",
-    "to_arrays",
     "unpad",
     "unroll",
     "windows",

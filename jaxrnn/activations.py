@@ -1,7 +1,7 @@
-"""The hidden activation f, each a pair of pure functions."""
+"""The activation f of the hidden units, and its derivative f'."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from jax import Array
 
 
 class Activation(NamedTuple):
-    """f and its derivative, written in terms of f's own output.
+    """A pair of pure functions: f, and f' in terms of the value of f.
 
-    Every f here has a derivative that can be read off its value, so the backward pass needs the
-    hidden states alone and never the pre-activations.
+    The derivative of every f here follows from its value, so the backward pass needs the hidden
+    states and never the pre-activations.
 
     Attributes:
-      f: z -> h = f(z), elementwise, dtype kept.
-      df: h -> f'(z), elementwise, dtype kept.
+      f: z -> h = f(z), elementwise, keeps the dtype.
+      df: h -> f'(z), elementwise, keeps the dtype.
 
     >>> import jax.numpy as jnp
     >>> h = tanh.f(jnp.array(0.5))
@@ -28,7 +28,31 @@ class Activation(NamedTuple):
     df: Callable[[Array], Array]
 
 
-tanh = Activation(f=jnp.tanh, df=lambda h: 1 - h * h)
-relu = Activation(f=jax.nn.relu, df=lambda h: (h > 0).astype(h.dtype))
-sigmoid = Activation(f=jax.nn.sigmoid, df=lambda h: h * (1 - h))
-identity = Activation(f=lambda z: z, df=jnp.ones_like)
+def check_activation(activation: Any) -> None:
+    """Raises TypeError unless activation is a pair of functions."""
+    parts = (getattr(activation, part, None) for part in ("f", "df"))
+    if not all(map(callable, parts)):
+        raise TypeError(f"activation: expected an Activation(f, df), got {activation!r}")
+
+
+# Named functions, unlike lambdas, can be pickled.
+def _tanh_prime(h: Array) -> Array:
+    return 1 - h * h
+
+
+def _relu_prime(h: Array) -> Array:
+    return (h > 0).astype(h.dtype)
+
+
+def _sigmoid_prime(h: Array) -> Array:
+    return h * (1 - h)
+
+
+def _identity(z: Array) -> Array:
+    return z
+
+
+tanh = Activation(f=jnp.tanh, df=_tanh_prime)
+relu = Activation(f=jax.nn.relu, df=_relu_prime)
+sigmoid = Activation(f=jax.nn.sigmoid, df=_sigmoid_prime)
+identity = Activation(f=_identity, df=jnp.ones_like)

@@ -5,116 +5,101 @@
     dW_y = sum dy_t h_t^T        dW_x = sum dz_t x_t^T        dW_h = sum dz_t h_{t-1}^T
     db_y = sum dy_t              db_h = sum dz_t
 
-Two halves: a reverse scan for dz, then one contraction per weight. Both go block by block of time,
-so that nothing but the hidden states is ever T steps long, and these can be recomputed.
+A reverse scan gives dh and dz, then one contraction gives each weight's gradient. Both work on one
+block of time after another, so only the hidden states are ever T steps long, and with
+`checkpoint_every` these are recomputed.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxrnn import checks
-from jaxrnn.activations import Activation, tanh
-from jaxrnn.forward import (
-    hold,
+from jaxrnn.activations import Activation, check_activation, tanh
+from jaxrnn.batches import Batch, check_batch, divide_by_count, step_weights, where_exists
+from jaxrnn.losses import Loss, check_loss, cross_entropy
+from jaxrnn.params import Params, at_least_float32, check_params
+from jaxrnn.recurrence import (
     initial_state,
     input_product,
-    loop,
+    loop_config,
+    match_varying_axes,
     previous,
     readout,
     recur,
-    step_weights,
-    sum_dtype,
-    unless_reset,
-    vary_as,
-    where_exists,
+    reverse_scan,
+    scan_blocks,
 )
-from jaxrnn.losses import Loss, cross_entropy
-from jaxrnn.params import Params
-from jaxrnn.sequences import Batch
 
 
-def outer_sum(d: Array, x: Array, dtype) -> Array:
+def outer_sum(d: Array, x: Array, dtype: DTypeLike) -> Array:
     """sum_t d_t x_t^T over all steps and batch axes: (..., J), (..., I) -> (J, I)."""
     steps = tuple(range(d.ndim - 1))
     return lax.dot_general(d, x, ((steps, steps), ((), ())), preferred_element_type=dtype)
 
 
-def input_outer_sum(d: Array, xs: Array, input_size: int, dtype) -> Array:
-    """sum_t d_t x_t^T; where x is a token, d_t is added to that token's column."""
+def input_outer_sum(d: Array, xs: Array, input_size: int, dtype: DTypeLike) -> Array:
+    """sum_t d_t x_t^T. For a token x, d_t is added to the column of that token."""
     if checks.is_integer(xs):
         return jnp.zeros((input_size, d.shape[-1]), dtype).at[xs].add(d.astype(dtype)).T
     return outer_sum(d, xs.astype(d.dtype), dtype)
 
 
-def bias_sum(d: Array, dtype) -> Array:
+def bias_sum(d: Array, dtype: DTypeLike) -> Array:
     """sum_t d_t over all steps and batch axes."""
     return d.sum(axis=tuple(range(d.ndim - 1)), dtype=dtype)
 
 
-def reverse_scan(W_h, dh, dhs, f_primes, mask, reset) -> tuple[Array, Array]:
-    """dz_t = f'(z_t) * (dh_t + W_h^T dz_{t+1}), from the last step to the first.
-
-    Args:
-      W_h: (H, H).
-      dh: W_h^T dz_{T+1}, (*batch, H): what flows in from the steps after.
-      dhs: W_y^T dy_t, (T, *batch, H): what flows in from the outputs.
-      f_primes: f'(z_t), (T, *batch, H).
-      mask: (T, *batch) bool or None; what flows in passes by a step that does not exist.
-      reset: (T, *batch) bool or None; nothing flows through a reset.
-
-    Returns:
-      W_h^T dz_1 (*batch, H), and dzs (T, *batch, H).
-    """
-
-    def body(dh, now):
-        dh_y, f_prime, exists, cut = now
-        dz = where_exists(exists, f_prime * (dh_y + dh))
-        return hold(exists, unless_reset(cut, dz @ W_h), dh), dz
-
-    return lax.scan(body, dh, (dhs, f_primes, mask, reset), reverse=True, unroll=loop().unroll)
+def block_states(params: Params, block: Batch, h_0: Array, activation: Activation) -> Array:
+    """The forward pass over a block from the state h_0 before it: h_t after each step."""
+    zs_x = input_product(params, where_exists(block.mask, block.xs))
+    return recur(activation, params.W_h, zs_x, h_0, block.mask, block.reset)
 
 
-def block_states(params: Params, block: Batch, h: Array, activation: Activation) -> Array:
-    """The forward pass over a block that starts in state h: the state after each step."""
-    zs = input_product(params, where_exists(block.mask, block.xs))
-    return recur(activation, params.W_h, zs, h, block.mask, block.reset)
-
-
-def block_gradient(params, block, h, hs, dh, activation, loss) -> tuple[Array, tuple]:
-    """The backward pass over a block: the algorithm, but for the division by the steps counted.
+def block_gradient(
+    params: Params,
+    block: Batch,
+    h_0: Array,
+    hs: Array,
+    dh_next: Array,
+    activation: Activation,
+    loss: Loss,
+) -> tuple[Array, tuple[Array, Params]]:
+    """The backward pass over a block: unnormalised sums of the loss and the gradient.
 
     Args:
       params: Params.
-      block: Batch, the block's steps.
-      h: the state before the block, (*batch, H).
-      hs: the state after each of its steps, (K, *batch, H).
-      dh: W_h^T dz of the step after the block, (*batch, H).
+      block: Batch, the steps of the block.
+      h_0: the state before the block, (*batch, H).
+      hs: the state after each step of the block, (K, *batch, H).
+      dh_next: W_h^T dz of the first step after the block, (*batch, H).
       activation: f.
       loss: g and its loss.
 
     Returns:
-      W_h^T dz of the block's first step, and the sums over the block of the weighted loss and of
-      the gradient's terms.
+      W_h^T dz of the first step of the block, and the sums over its steps.
     """
-    dtype = sum_dtype(params)
+    dtype = at_least_float32(params.W_h.dtype)
     xs, targets = (where_exists(block.mask, leaf) for leaf in (block.xs, block.targets))
     weights = step_weights(block, dtype)
     ys = readout(params, hs).astype(dtype)
     value = (weights * loss.value(ys, targets)).sum()
     dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
 
-    dhs, f_primes = dys @ params.W_y, activation.df(hs)
-    dh, dzs = reverse_scan(params.W_h, dh, dhs, f_primes, block.mask, block.reset)
+    dhs_y, f_primes = dys @ params.W_y, activation.df(hs)
+    dh_next, (_, dzs) = reverse_scan(params.W_h, dh_next, dhs_y, f_primes, block.mask, block.reset)
 
     grads = Params(
         W_x=input_outer_sum(dzs, xs, params.W_x.shape[1], dtype),
-        W_h=outer_sum(dzs, previous(hs, h, block.reset), dtype),
+        W_h=outer_sum(dzs, previous(hs, h_0, block.reset), dtype),
         W_y=outer_sum(dys, hs, dtype),
         b_h=bias_sum(dzs, dtype),
         b_y=bias_sum(dys, dtype),
     )
-    return dh, (value, grads)
+    return dh_next, (value, grads)
 
 
 def bptt(
@@ -126,25 +111,26 @@ def bptt(
     loss: Loss = cross_entropy,
     checkpoint_every: int | None = None,
 ) -> tuple[tuple[Array, Array], Params]:
-    """Loss, last state and the gradient of the loss by the parameters.
+    """The loss, the last state, and the gradient of the loss by the parameters.
 
-    Takes and returns what `jax.value_and_grad(sequence_loss, has_aux=True)` does, to rounding.
+    A drop-in for `jax.value_and_grad(sequence_loss, has_aux=True)`: the same arguments, the same
+    results, to rounding.
 
     Args:
       params: Params.
       batch: Batch.
-      h_0: (*batch, H); zeros if None. No gradient flows into it (take `sequence_loss` for that).
+      h_0: (*batch, H); zeros if None. It gets no gradient; `jax.grad(sequence_loss)` gives one.
       activation: f.
       loss: g and its loss.
-      checkpoint_every: K keeps the state of every K-th step alone and recomputes those between:
-        one more pass over the recurrence, and memory like T/K + K instead of T. None keeps all.
+      checkpoint_every: K stores only every K-th state and recomputes the others: one more forward
+        pass, and memory proportional to T/K + K instead of T. None stores all states.
 
     Returns:
       (L, h_T), grads: a scalar in float32 at least, (*batch, H), and Params in the parameters'
       dtype, summed over time in float32 at least.
 
     Raises:
-      TypeError, ValueError: a dtype or shape that does not fit; the message names it.
+      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
@@ -154,43 +140,33 @@ def bptt(
     >>> bool(jnp.allclose(grads.W_h, auto.W_h, atol=1e-6))
     True
     """
-    checks.check_batch(params, batch, h_0, activation, loss)
-    checks.check_checkpoint_every(checkpoint_every)
+    check_params(params)
+    check_activation(activation)
+    check_loss(loss)
+    check_batch(params, batch, h_0)
+    if checkpoint_every is not None:
+        checks.check_size("checkpoint_every", checkpoint_every)
     h_0 = initial_state(params, batch.xs, h_0)
-    dtype = sum_dtype(params)
+    dtype = at_least_float32(params.W_h.dtype)
     T = batch.xs.shape[0]
     if T == 0:
         return (jnp.zeros((), dtype), h_0), jax.tree.map(jnp.zeros_like, params)
-    K = min(checkpoint_every or loop().block, T)
+    K = min(checkpoint_every or loop_config().block_steps, T)
 
-    def steps(k):
-        return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, k * K, K), batch)
-
-    def forward(h, block):
+    def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
         hs = block_states(params, block, h, activation)
         return hs[-1], (h, hs if checkpoint_every is None else None)
 
-    def backward(carry, block, kept):
-        dh, sums = carry
-        h, hs = kept
+    def backward(carry: Any, block: Batch, saved: Any) -> tuple[Any, None]:
+        dh_next, sums = carry
+        h, hs = saved
         hs = block_states(params, block, h, activation) if hs is None else hs
-        dh, block_sums = block_gradient(params, block, h, hs, dh, activation, loss)
-        return dh, jax.tree.map(jnp.add, sums, block_sums)
+        dh_next, block_sums = block_gradient(params, block, h, hs, dh_next, activation, loss)
+        return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
 
-    nothing = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    carry = vary_as((jnp.zeros_like(h_0), nothing), h_0)
-    blocks, rest = jnp.arange(T // K), jax.tree.map(lambda leaf: leaf[T // K * K :], batch)
-
-    h_T, kept = lax.scan(lambda h, k: forward(h, steps(k)), h_0, blocks)
-    if T % K:
-        h_T, kept_rest = forward(h_T, rest)
-        carry = backward(carry, rest, kept_rest)
-    (_, sums), _ = lax.scan(
-        lambda carry, now: (backward(carry, steps(now[0]), now[1]), None),
-        carry,
-        (blocks, kept),
-        reverse=True,
-    )
-    total = step_weights(batch, dtype).sum()
-    value, grads = jax.tree.map(lambda sum: sum / jnp.where(total == 0, 1, total), sums)
+    zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
+    carry = match_varying_axes((jnp.zeros_like(h_0), zeros), h_0)  # dz_{T+1} = 0, and empty sums
+    h_T, saved = scan_blocks(forward, h_0, batch, K)
+    (_, sums), _ = scan_blocks(backward, carry, batch, K, saved, reverse=True)
+    value, grads = divide_by_count(sums, step_weights(batch, dtype).sum())
     return (value, h_T), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

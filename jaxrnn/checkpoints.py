@@ -55,10 +55,10 @@ class Checkpoint(NamedTuple):
     note: Any
 
 
-def steps(folder: str | os.PathLike) -> list[int]:
+def saved_steps(folder: str | os.PathLike) -> list[int]:
     """The steps that the folder holds a checkpoint of, ascending; [] where there is no folder.
 
-    >>> steps("no such folder")
+    >>> saved_steps("no such folder")
     []
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -67,10 +67,10 @@ def steps(folder: str | os.PathLike) -> list[int]:
     return []
 
 
-def file_of(folder: str | os.PathLike, step: int) -> Path:
+def checkpoint_path(folder: str | os.PathLike, step: int) -> Path:
     """Where the checkpoint of that step is, or would be.
 
-    >>> file_of("run", 20).name
+    >>> checkpoint_path("run", 20).name
     'checkpoint-20.npz'
     """
     return Path(folder) / f"checkpoint-{step}.npz"
@@ -156,7 +156,7 @@ def save(
     >>> newest(folder).arrays["W"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    path = file_of(folder, step)
+    path = checkpoint_path(folder, step)
     if not FILE_NAME.fullmatch(path.name):
         raise ValueError(f"step: expected an integer of at least 0, got {step!r}")
     if keep < 1:
@@ -185,10 +185,10 @@ def save(
                 os.unlink(temporary)
             raise
         _sync_folder(folder)
-        kept = [other for other in steps(folder) if other <= step][-keep:]
-        for other in steps(folder):
+        kept = [other for other in saved_steps(folder) if other <= step][-keep:]
+        for other in saved_steps(folder):
             if other not in kept:
-                os.unlink(file_of(folder, other))
+                os.unlink(checkpoint_path(folder, other))
     except OSError as error:
         raise CheckpointError(f"{path}: expected to write it, got: {error}") from error
     return path
@@ -276,7 +276,9 @@ def load(path: str | os.PathLike) -> Checkpoint:
         _expect(path.is_file(), "a file", "none")
         with open(path, "rb") as file:
             found = _read(file)
-        _expect(path.name == file_of("", found.step).name, "the file of that step", found.step)
+        _expect(
+            path.name == checkpoint_path("", found.step).name, "the file of that step", found.step
+        )
         return found
     # NumPy, zipfile and json raise a dozen kinds of exception at what they cannot read.
     except Exception as error:
@@ -296,9 +298,9 @@ def newest(folder: str | os.PathLike) -> Checkpoint | None:
       CheckpointError: there are checkpoints, and all are damaged.
     """
     damaged = []
-    for step in reversed(steps(folder)):
+    for step in reversed(saved_steps(folder)):
         try:
-            found = load(file_of(folder, step))
+            found = load(checkpoint_path(folder, step))
         except CheckpointError as error:
             damaged.append(str(error))
             continue

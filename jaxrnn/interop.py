@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrnn import checks
-from jaxrnn.params import Params
+from jaxrnn.params import Params, check_params
 
 Weights = Mapping[str, Any]
 
@@ -35,7 +34,7 @@ def _params(**weights) -> Params:
                 "on, or convert it before"
             )
     params = Params(**{name: jnp.asarray(leaf) for name, leaf in arrays.items()})
-    checks.check_params(params)
+    check_params(params)
     return params
 
 
@@ -143,7 +142,7 @@ def to_flax(params: Params) -> tuple[dict[str, dict[str, np.ndarray]], dict[str,
 
 def _arrays(params: Params) -> list[np.ndarray]:
     """Copies: a NumPy view of a JAX array is read-only, and torch warns of it."""
-    checks.check_params(params)
+    check_params(params)
     return [np.array(leaf) for leaf in params]
 
 

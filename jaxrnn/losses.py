@@ -1,26 +1,28 @@
-"""The output g and the loss that matches it: three matched pairs.
+"""The output function g and the loss that matches it: three matched pairs.
 
-For each, the derivative of the loss by y, the output *before* g, is g(y) - target. That holds only
-for the matched pair, so g and the loss come as one triple.
+For a matched pair, the derivative of the loss by y, the output before g, is g(y) - target. It holds
+for no other combination, so g and its loss are one triple.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import checks
+from jaxrnn.batches import Batch, mean_weights, where_exists
+from jaxrnn.params import at_least_float32
 
 
 class Loss(NamedTuple):
-    """g, the loss of one step, and its derivative by y.
+    """The output function g, the loss of one step, and its derivative by y.
 
     Attributes:
       g: y (*batch, O) -> y_hat (*batch, O).
       value: (y, target) -> l, (*batch,), summed over O.
-      error: (y, target) -> dl/dy, (*batch, O); for a matched pair y_hat - target.
+      error: (y, target) -> dl/dy, (*batch, O); y_hat - target for a matched pair.
 
     >>> import jax.numpy as jnp
     >>> y, target = jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0])
@@ -33,8 +35,14 @@ class Loss(NamedTuple):
     error: Callable[[Array, Array], Array]
 
 
+def check_loss(loss: Any) -> None:
+    """Raises TypeError unless loss is a triple of functions."""
+    if not all(callable(getattr(loss, part, None)) for part in ("g", "value", "error")):
+        raise TypeError(f"loss: expected a Loss(g, value, error), got {loss!r}")
+
+
 def _distribution(y: Array, target: Array) -> Array:
-    """A distribution as it is; integer labels as one-hot rows."""
+    """A distribution unchanged; integer labels as one-hot rows."""
     if checks.is_integer(target):
         checks.check_shape("targets", target, y.shape[:-1], "integer labels, one for each y")
         return jax.nn.one_hot(target, y.shape[-1], dtype=y.dtype)
@@ -42,7 +50,7 @@ def _distribution(y: Array, target: Array) -> Array:
     return target.astype(y.dtype)
 
 
-def _real(y: Array, target: Array) -> Array:
+def _numbers(y: Array, target: Array) -> Array:
     checks.check_shape("targets", target, y.shape, "the shape of y")
     return target.astype(y.dtype)
 
@@ -52,30 +60,73 @@ def _cross_entropy(y: Array, target: Array) -> Array:
     return jnp.log(jnp.exp(y).sum(axis=-1)) - (_distribution(y, target) * y).sum(axis=-1)
 
 
+def _cross_entropy_error(y: Array, target: Array) -> Array:
+    return jax.nn.softmax(y) - _distribution(y, target)
+
+
+def _identity(y: Array) -> Array:
+    return y
+
+
+def _squared_error(y: Array, target: Array) -> Array:
+    return ((y - _numbers(y, target)) ** 2).sum(axis=-1) / 2
+
+
+def _squared_error_error(y: Array, target: Array) -> Array:
+    return y - _numbers(y, target)
+
+
 def _binary_cross_entropy(y: Array, target: Array) -> Array:
-    t = _real(y, target)
+    t = _numbers(y, target)
     return (t * jax.nn.softplus(-y) + (1 - t) * jax.nn.softplus(y)).sum(axis=-1)
 
 
-cross_entropy = Loss(
-    g=jax.nn.softmax,
-    value=_cross_entropy,
-    error=lambda y, target: jax.nn.softmax(y) - _distribution(y, target),
-)
+def _binary_cross_entropy_error(y: Array, target: Array) -> Array:
+    return jax.nn.sigmoid(y) - _numbers(y, target)
+
+
+cross_entropy = Loss(g=jax.nn.softmax, value=_cross_entropy, error=_cross_entropy_error)
 """g = softmax, l = -sum_o target_o log y_hat_o; targets are integer labels (*batch,) or
 distributions (*batch, O)."""
 
-squared_error = Loss(
-    g=lambda y: y,
-    value=lambda y, target: ((y - _real(y, target)) ** 2).sum(axis=-1) / 2,
-    error=lambda y, target: y - _real(y, target),
-)
+squared_error = Loss(g=_identity, value=_squared_error, error=_squared_error_error)
 """g = identity, l = sum_o (y_o - target_o)^2 / 2; targets (*batch, O)."""
 
 binary_cross_entropy = Loss(
-    g=jax.nn.sigmoid,
-    value=_binary_cross_entropy,
-    error=lambda y, target: jax.nn.sigmoid(y) - _real(y, target),
+    g=jax.nn.sigmoid, value=_binary_cross_entropy, error=_binary_cross_entropy_error
 )
-"""g = sigmoid, l = -sum_o target_o log y_hat_o + (1 - target_o) log(1 - y_hat_o); targets
+"""g = sigmoid, l = -sum_o [target_o log y_hat_o + (1 - target_o) log(1 - y_hat_o)]; targets
 (*batch, O) in [0, 1]."""
+
+
+def mean_loss(ys: Array, batch: Batch, loss: Loss = cross_entropy) -> Array:
+    """The mean loss over the steps that count.
+
+        L = sum_t weights_t mask_t l(y_t, target_t) / sum_t weights_t mask_t
+
+    over steps and batch axes. `sequence_loss` is `unroll` followed by `mean_loss`; other networks,
+    such as a stack of layers, use it with outputs of their own.
+
+    Args:
+      ys: (T, *batch, O), the outputs before g; not read where the mask is False.
+      batch: Batch, of which xs are read for their shape alone.
+      loss: g and its loss.
+
+    Returns:
+      L, a scalar in float32 at least; 0 where no step counts.
+
+    Raises:
+      TypeError, ValueError: loss is not a Loss, or the targets do not fit ys.
+
+    >>> ys = jnp.array([[2.0], [5.0]])
+    >>> batch = Batch(xs=ys, targets=jnp.zeros((2, 1)), mask=jnp.array([True, False]))
+    >>> mean_loss(ys, batch, squared_error).item()
+    2.0
+    """
+    check_loss(loss)
+    dtype = at_least_float32(ys.dtype)
+    ys, targets = (
+        where_exists(batch.mask, ys.astype(dtype)),
+        where_exists(batch.mask, batch.targets),
+    )
+    return (mean_weights(batch, dtype) * loss.value(ys, targets)).sum()

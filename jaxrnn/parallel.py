@@ -1,37 +1,38 @@
-"""The batch split over devices: CPU cores, GPUs, TPU chips, many processes."""
+"""The batch split over devices: CPU cores, GPUs, TPU chips, one process or many."""
+
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxrnn import checks
-from jaxrnn.forward import step_weights, sum_dtype, vary_as
-from jaxrnn.update import GradientFn
+from jaxrnn.batches import Batch, divide_by_count, step_weights, steps_shape
+from jaxrnn.gradients import GradientFn, value_dtype
+from jaxrnn.recurrence import match_varying_axes
 
 
 def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
-    """The same gradient function with the batch split over the mesh's first axis.
+    """The same gradient function, with the batch split over the first axis of the mesh.
 
-    Each device runs its share of the sequences with no word to the others; one reduction at the
-    end weighs the shares by the steps n_k that they counted, so that unequal masks do no harm:
+    Each device runs its share of the sequences without communication. One reduction at the end
+    weighs the shares by the steps n_k that they counted, so that unequal masks are right:
 
         L = sum_k n_k L_k / sum_k n_k        dtheta = sum_k n_k dtheta_k / sum_k n_k
 
     Args:
       gradient_fn: (params, batch, h_0) -> ((value, h_T), grads): `bptt` or a function like it.
-      mesh: devices; two devices on a CPU come with `jax.config.update("jax_num_cpu_devices", 2)`
-        before JAX is first used.
+      mesh: the devices. `jax.config.update("jax_num_cpu_devices", 2)`, before JAX is first used,
+        makes two devices of a CPU.
 
     Returns:
-      The gradient function: values as of the whole batch; h_T stays split over the devices.
+      The gradient function. Its value and gradient are those of the whole batch; h_T stays split
+      over the devices. A `key` is folded with the index of each device.
 
     Raises:
-      ValueError: when called, if the first batch axis does not divide by the number of devices.
+      ValueError: when called, if the first batch axis is not a multiple of the number of devices.
 
-    >>> import jax, jaxrnn
-    >>> from functools import partial
+    >>> import jax, jax.numpy as jnp, jaxrnn
     >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
     >>> params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     >>> batch = jaxrnn.Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
@@ -41,32 +42,34 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
     """
     axis = mesh.axis_names[0]
 
-    def of_a_share(params, batch, h_0):
-        # Parameters that vary have a gradient of this share; autodiff would sum that of the others.
-        (value, h_T), grads = gradient_fn(vary_as(params, batch.xs), batch, h_0)
-        counted = step_weights(batch, sum_dtype(params)).sum()
+    def shard_gradient(params: Any, batch: Batch, h_0: Any, key: Array | None) -> Any:
+        # Parameters that vary over devices get the gradient of this share alone.
+        params = match_varying_axes(params, batch.xs)
+        keywords = {} if key is None else {"key": jax.random.fold_in(key, lax.axis_index(axis))}
+        (value, h_T), grads = gradient_fn(params, batch, h_0, **keywords)
+        counted = step_weights(batch, value_dtype(params)).sum()
         weighted = jax.tree.map(lambda leaf: counted * leaf.astype(counted.dtype), (value, grads))
-        total, summed = lax.psum((counted, weighted), axis)
-        total = jnp.where(total == 0, jnp.ones_like(total), total)
-        value, grads = jax.tree.map(
-            lambda leaf, like: (leaf / total).astype(like.dtype), summed, (value, grads)
-        )
+        total, sums = lax.psum((counted, weighted), axis)
+        means = divide_by_count(sums, total)
+        value, grads = jax.tree.map(lambda d, like: d.astype(like.dtype), means, (value, grads))
         return (value, h_T), grads
 
-    split = jax.shard_map(
-        of_a_share,
+    shard_map = jax.shard_map(
+        shard_gradient,
         mesh=mesh,
-        in_specs=(P(), P(None, axis), P(axis)),
+        in_specs=(P(), P(None, axis), P(axis), P()),
         out_specs=((P(), P(axis)), P()),
     )
 
-    def gradient_of_the_whole(params, batch, h_0=None):
-        sequences = checks.steps_shape(batch.xs)[1:2]
+    def sharded_gradient(
+        params: Any, batch: Batch, h_0: Any = None, *, key: Array | None = None
+    ) -> Any:
+        sequences = steps_shape(batch.xs)[1:2]
         if not sequences or sequences[0] % mesh.shape[axis]:
             raise ValueError(
-                f"batch: expected a first batch axis that divides by {mesh.shape[axis]} devices, "
-                f"got xs of shape {batch.xs.shape}"
+                f"batch: expected a first batch axis that is a multiple of {mesh.shape[axis]} "
+                f"devices, got xs of shape {batch.xs.shape}"
             )
-        return split(params, batch, h_0)
+        return shard_map(params, batch, h_0, key)
 
-    return gradient_of_the_whole
+    return sharded_gradient

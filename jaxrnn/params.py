@@ -1,11 +1,12 @@
-"""1. Initialisation: the parameters, and how they start."""
+"""1. Initialisation: the parameters and their initial values."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxrnn import checks
 
@@ -13,7 +14,7 @@ Initializer = Callable[..., Array]
 
 
 class Params(NamedTuple):
-    """The network's parameters, a pytree; a gradient has the same type.
+    """The parameters of the network, a pytree. A gradient has the same type.
 
         z_t = W_x x_t + W_h h_{t-1} + b_h        y_t = W_y h_t + b_y
 
@@ -32,28 +33,49 @@ class Params(NamedTuple):
     b_y: Array
 
 
-def at_least_float32(dtype):
-    """The dtype, or float32 where it is shorter."""
+def check_params(params: Any) -> None:
+    """Raises TypeError or ValueError unless params are Params of one dtype and fitting shapes."""
+    if not isinstance(params, Params):
+        raise TypeError(f"params: expected Params, got {type(params).__name__}")
+    for name, leaf in params._asdict().items():
+        checks.check_float_array(f"params.{name}", leaf)
+        rank = 2 if name.startswith("W") else 1
+        if leaf.ndim != rank:
+            raise ValueError(f"params.{name}: expected rank {rank}, got shape {leaf.shape}")
+        if leaf.dtype != params.W_h.dtype:
+            raise TypeError(
+                f"params.{name}: expected {params.W_h.dtype} as W_h has, got {leaf.dtype}"
+            )
+    H, I, O = params.W_h.shape[0], params.W_x.shape[1], params.W_y.shape[0]
+    checks.check_shape("params.W_h", params.W_h, (H, H), "H, H")
+    checks.check_shape("params.W_x", params.W_x, (H, I), "H, I with H of W_h")
+    checks.check_shape("params.W_y", params.W_y, (O, H), "O, H with H of W_h")
+    checks.check_shape("params.b_h", params.b_h, (H,), "H of W_h")
+    checks.check_shape("params.b_y", params.b_y, (O,), "O of W_y")
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype, or float32 where it is shorter: sums over time accumulate in it."""
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def scaled_identity(scale: float = 1.0) -> Initializer:
-    """W_h = scale * identity: with ReLU and scale 1, the IRNN (Le, Jaitly, Hinton 2015).
+    """W_h = scale * identity. With ReLU and scale 1, the IRNN (Le, Jaitly, Hinton 2015).
 
     >>> scaled_identity(0.5)(None, (2, 2)).tolist()
     [[0.5, 0.0], [0.0, 0.5]]
     """
 
-    def initializer(key, shape, dtype=jnp.float32):
-        del key  # nothing about it is random
+    def initializer(
+        key: Array | None, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
+    ) -> Array:
+        del key  # the initial value is not random
         return scale * jnp.eye(shape[0], shape[1], dtype=dtype)
 
     return initializer
 
 
 _fan_in = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
-
-
 _orthogonal = jax.nn.initializers.orthogonal()
 
 
@@ -64,12 +86,12 @@ def init(
     output_size: int,
     *,
     W_h_init: Initializer = _orthogonal,
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Params:
     """Draws the parameters.
 
-    W_x ~ N(0, 1/I), W_y ~ N(0, 1/H), biases zero. W_h is orthogonal: it neither shrinks nor grows
-    what passes through it (Saxe, McClelland, Ganguli 2013).
+    W_x ~ N(0, 1/I), W_y ~ N(0, 1/H), and the biases are zero. W_h is orthogonal, so it preserves
+    the norm of a state (Saxe, McClelland, Ganguli 2013).
 
     Args:
       key: a key from `jax.random.key`.
@@ -78,13 +100,13 @@ def init(
       output_size: O.
       W_h_init: (key, (H, H), dtype) -> W_h, such as `jax.nn.initializers.orthogonal(scale=0.9)`,
         whose spectral radius is 0.9, or `scaled_identity()`.
-      dtype: of the parameters, and so of everything computed from them.
+      dtype: dtype of the parameters, and of everything computed from them.
 
     Returns:
       Params.
 
     Raises:
-      TypeError: a size is not an integer, the key not a key, the dtype not a float.
+      TypeError: a size is not an integer, the key is not a key, or the dtype is not a float.
       ValueError: a size is below 1, or W_h_init returns another shape.
 
     >>> import jax, jaxrnn
@@ -92,9 +114,15 @@ def init(
     >>> [leaf.shape for leaf in params]
     [(5, 3), (5, 5), (2, 5), (5,), (2,)]
     """
-    checks.check_init(key, input_size, hidden_size, output_size, dtype)
+    checks.check_size("input_size", input_size)
+    checks.check_size("hidden_size", hidden_size)
+    checks.check_size("output_size", output_size)
+    if not checks.is_float(dtype):
+        raise TypeError(f"dtype: expected a floating-point dtype, got {jnp.dtype(dtype).name}")
+    checks.check_key("key", key)
+
     key_x, key_h, key_y = jax.random.split(key, 3)
-    draw_dtype = at_least_float32(dtype)  # there is no QR factorisation below it
+    draw_dtype = at_least_float32(dtype)  # QR factorisation needs at least float32
     params = Params(
         W_x=_fan_in(key_x, (hidden_size, input_size), draw_dtype),
         W_h=W_h_init(key_h, (hidden_size, hidden_size), draw_dtype),
@@ -103,5 +131,5 @@ def init(
         b_y=jnp.zeros(output_size, draw_dtype),
     )
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    checks.check_params(params)
+    check_params(params)
     return params

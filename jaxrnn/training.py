@@ -1,71 +1,41 @@
-"""5. The training loop: epochs over batches until the held-out loss stops falling."""
+"""5. The training loop: epochs until the held-out loss stops falling."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from jaxrnn import checks
 from jaxrnn.backward import bptt
-from jaxrnn.forward import sequence_loss, step_weights, sum_dtype
-from jaxrnn.params import Params
-from jaxrnn.sequences import Batch
-from jaxrnn.update import Diverged, GradientFn, Optimizer, TrainState, init_state, make_update
-
-LossFn = Callable[..., tuple[Array, Array]]
-
-
-@partial(jax.jit, static_argnums=0)
-def _value_state_count(loss_fn, params, batch, h):
-    value, h_T = loss_fn(params, batch, h)
-    return value, h_T, step_weights(batch, sum_dtype(params)).sum()
-
-
-def evaluate(
-    params: Params,
-    batches: Batch | Iterable[Batch],
-    h_0: Array | None = None,
-    *,
-    loss_fn: LossFn = sequence_loss,
-) -> float:
-    """The mean loss over all steps that count in all batches.
-
-    Args:
-      params: Params.
-      batches: a Batch, or several.
-      h_0: the state before the first batch, carried on from batch to batch; None starts each from
-        zeros.
-      loss_fn: (params, batch, h) -> (value, h_T). Compiled once for each function that it is given,
-        so name it outside a loop.
-
-    Returns:
-      The mean, a float; 0 where no step counts.
-
-    >>> import jax, jaxrnn
-    >>> params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
-    >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
-    >>> abs(evaluate(params, [batch, batch]) - sequence_loss(params, batch)[0].item()) < 1e-6
-    True
-    """
-    total = count = 0.0
-    h = h_0
-    for batch in [batches] if isinstance(batches, Batch) else batches:
-        checks.check_is_batch(batch)
-        value, h_T, counted = _value_state_count(loss_fn, params, batch, h)
-        total, count = total + value.item() * counted.item(), count + counted.item()
-        h = None if h_0 is None else h_T
-    return total / count if count else 0.0
+from jaxrnn.batches import Batch, steps_shape
+from jaxrnn.epochs import (
+    check_once,
+    compile_functions,
+    count_skipped,
+    epoch_runner,
+    mean_loss_of_updates,
+    raise_if_diverged,
+)
+from jaxrnn.evaluation import mean_over_batches
+from jaxrnn.gradients import GradientFn, PyTree
+from jaxrnn.update import Optimizer, TrainState, init_state
+from jaxrnn.value_checks import check_values
 
 
 class Evaluation(NamedTuple):
-    """One epoch: the mean loss over its updates, that on held-out data after it, and how many
-    updates were skipped, as their loss or gradient was not finite."""
+    """One epoch of `fit`.
+
+    Attributes:
+      epoch: the number of the epoch, from 1.
+      train_loss: the mean loss of its minibatches, each before its update.
+      valid_loss: the mean loss after the epoch on the held-out data, or what takes its place.
+      skipped: the number of updates skipped because loss or gradient were not finite.
+    """
 
     epoch: int
     train_loss: float
@@ -74,202 +44,74 @@ class Evaluation(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """What training has come to.
+    """Result of `fit`. It never changes: a later epoch makes a new one.
 
     Attributes:
       state: TrainState after the last update.
-      best: the parameters with the lowest held-out loss.
+      best: the parameters with the lowest `valid_loss`.
       history: an Evaluation for each epoch.
-      converged: whether the loss had stopped improving, rather than the budget ended.
+      converged: True if the loss stopped improving, False if the epochs ran out first.
     """
 
     state: TrainState
-    best: Params
-    history: list[Evaluation]
+    best: PyTree
+    history: tuple[Evaluation, ...]
     converged: bool
-
-
-def _make_epoch(update, batch_size: int):
-    """One compiled call: shuffles the examples, axis 1, and updates on each minibatch in turn."""
-
-    @partial(jax.jit, donate_argnums=0)
-    def epoch(state, train, key):
-        N = checks.steps_shape(train.xs)[1]
-        count = -(-N // batch_size)
-        order = jax.random.permutation(key, N)
-        order = jnp.resize(order, (count, batch_size))
-        # The last minibatch is filled up with examples that have had their turn: they do not count.
-        fresh = (jnp.arange(count * batch_size) < N).reshape(count, batch_size)
-
-        def body(state, now):
-            examples, fresh = now
-            batch = jax.tree.map(lambda leaf: leaf[:, examples], train)
-            if N % batch_size:
-                weights = step_weights(batch, sum_dtype(state.params))
-                fresh = fresh.reshape(batch_size, *(1,) * (weights.ndim - 2))
-                batch = batch._replace(weights=weights * fresh.astype(weights.dtype))
-            return update(state, batch)
-
-        return lax.scan(body, state, (order, fresh))
-
-    return epoch
-
-
-@jax.jit
-def _mean_loss(metrics) -> Array:
-    """Over the updates that were done; NaN where none was."""
-    done = metrics.skipped == 0
-    counted = jnp.where(done, metrics.counted, 0).sum()
-    total = jnp.where(done, metrics.loss * metrics.counted, 0).sum()
-    return jnp.where(done.any(), total / jnp.where(counted == 0, 1.0, counted), jnp.nan)
-
-
-def _stream_epoch(update, state, train, h_0, max_skipped):
-    """Updates on each batch in turn, the state carried from h_0 on where there is one."""
-    state = state._replace(h=None if h_0 is None else jnp.array(h_0, copy=True))
-    metrics = []
-    for batch in train:
-        state, reported = update(state, batch)
-        metrics.append(reported)
-        # Looked at now and then, so that the host need not wait for each update.
-        if len(metrics) % max_skipped == 0 and reported.skipped.item() >= max_skipped:
-            break
-    if not metrics:
-        raise ValueError("train: expected at least one batch, got none")
-    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics)
-
-
-def _count_skipped(metrics, step: int, norms: list[float], max_skipped: int) -> int:
-    """How many of the updates up to `step` were skipped: fewer than max_skipped in a row."""
-    skipped = np.asarray(metrics.skipped)
-    norms += metrics.gradient_norm.tolist()
-    too_many = skipped >= max_skipped
-    if too_many.any():
-        after = len(skipped) - 1 - int(too_many.argmax())
-        recent = norms[: len(norms) - after][-2 * max_skipped :]
-        raise Diverged(step - after, max_skipped, recent)
-    del norms[: -2 * max_skipped]
-    count = int((skipped > 0).sum())
-    if count:
-        warnings.warn(
-            f"train: {count} of the {len(skipped)} updates up to step {step} skipped, as the loss "
-            "or the gradient was not finite",
-            stacklevel=3,
-        )
-    return count
-
-
-def _checked(params, h_0, batches):
-    """The batches, each looked at as it comes; `_check_fit` has looked at a Batch."""
-
-    def look(batch):
-        checks.check_values(params, batch, h_0)
-        return batch
-
-    return batches if isinstance(batches, Batch) else map(look, batches)
-
-
-def _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience, max_skipped):
-    checks.check_key(key)
-    checks.check_params(params)
-    checks.check_size("max_epochs", max_epochs)
-    checks.check_size("patience", patience)
-    checks.check_size("max_skipped", max_skipped)
-    if isinstance(train, Batch):
-        if h_0 is not None:
-            raise ValueError("h_0: expected None, as examples of a Batch are shuffled, got a state")
-        if len(checks.steps_shape(train.xs)) < 2 or 0 in checks.steps_shape(train.xs)[1:]:
-            raise ValueError(f"train: expected xs (T, examples, ...), got shape {train.xs.shape}")
-        if batch_size is not None:
-            checks.check_size("batch_size", batch_size)
-    elif not isinstance(train, Iterable):
-        raise TypeError(f"train: expected a Batch or an iterable of them, got {train!r}")
-    elif batch_size is not None:
-        raise ValueError(f"batch_size: expected None, for train is batches, got {batch_size}")
-    elif isinstance(train, Iterator) and max_epochs > 1:
-        raise ValueError(
-            "train: expected batches that can be gone through once per epoch, such as a list, got "
-            f"the one-pass iterator {train!r}"
-        )
-    for data in (train, valid):
-        if isinstance(data, Batch):
-            checks.check_values(params, data, h_0)
-
-
-def _start(params, optimizer, h_0, resume):
-    """What to go on from: a copy of it, since an update donates its state."""
-    state = init_state(params, optimizer, h_0)
-    if resume is None:
-        return Fit(state, params, [], converged=False)
-    if not isinstance(resume, Fit):
-        raise TypeError(f"resume: expected a Fit or None, got {type(resume).__name__}")
-    expected, got = (jax.tree.map(jnp.shape, each) for each in (state, resume.state))
-    if expected != got:
-        raise ValueError(
-            f"resume: expected the state of these params, optimizer and h_0, {expected}, got {got}"
-        )
-    state, best = jax.tree.map(jnp.copy, (resume.state, resume.best))
-    return Fit(state, best, list(resume.history), converged=False)
-
-
-def _wait(lowest: float, waited: int, row: Evaluation, tolerance: float) -> tuple[float, int]:
-    """The lowest loss so far, and the epochs since one was lower by `tolerance`."""
-    if math.isnan(row.train_loss):  # nothing was trained: for max_skipped to judge
-        return lowest, waited
-    waited = 0 if row.valid_loss < lowest - tolerance else waited + 1
-    return min(lowest, row.valid_loss), waited
 
 
 def fit(
     key: Array,
-    params: Params,
+    params: PyTree,
     train: Batch | Iterable[Batch],
     valid: Batch | Iterable[Batch] | None = None,
     *,
     optimizer: Optimizer,
     gradient_fn: GradientFn = bptt,
+    gradient_key: Array | None = None,
     batch_size: int | None = None,
-    h_0: Array | None = None,
+    h_0: PyTree = None,
     max_epochs: int = 100,
     patience: int = 5,
     tolerance: float = 0.0,
     max_skipped: int = 10,
-    callback: Callable[[Fit], None] | None = None,
+    callback: Callable[[Fit], bool | None] | None = None,
     resume: Fit | None = None,
 ) -> Fit:
     """Trains until the held-out loss has not improved by `tolerance` for `patience` epochs.
 
-    A function of its arguments alone: the same key and data give the same parameters.
+    The result is a function of the arguments: the same keys and data give the same parameters.
+    Ctrl-C ends training with a warning, and `fit` returns the result of the last whole epoch.
 
     Args:
-      key: orders the examples of each epoch.
-      params: Params to start from; they stay as they are.
-      train: a Batch of examples along axis 1, shuffled into minibatches anew each epoch, the whole
-        epoch one compiled call; or batches, taken in their order each epoch.
-      valid: held-out data, a Batch or batches; the training loss takes its place if None.
+      key: shuffles the examples of each epoch.
+      params: the initial parameters, any pytree of floating-point arrays.
+      train: a Batch of examples along axis 1, shuffled into minibatches each epoch, with one
+        compiled call per epoch; or batches, taken in order each epoch.
+      valid: held-out data, a Batch or batches. If None, `train` is evaluated instead where it is a
+        Batch or a sequence; of another iterable, the loss during the epoch is taken.
       optimizer: an optax optimiser, or a rule (params, grads) -> params.
-      gradient_fn: `bptt` or a function like it.
-      batch_size: examples of a minibatch; None takes all of them. With a Batch only.
+      gradient_fn: `bptt` or a function like it, see `make_update`. Without a key it is
+        deterministic, and evaluates the held-out data.
+      gradient_key: a key for a random gradient function, for dropout or noise; update n draws from
+        `jax.random.fold_in(gradient_key, n)`.
+      batch_size: examples in a minibatch; all of them if None. With a Batch only.
       h_0: the state at the start of an epoch, carried from batch to batch; None starts each batch
-        from zeros. With batches only; those of `valid` must then have the same batch axes.
-      max_epochs: the budget.
+        from zeros. With batches only; those of `valid` then have the same batch axes.
+      max_epochs: the number of epochs at most.
       patience: epochs without improvement after which training ends.
-      tolerance: how much lower than the best a loss must be to count as improvement.
-      max_skipped: how many updates in a row may be skipped before training is given up; see
-        `make_update`.
-      callback: called with the Fit so far after each epoch. Its state is donated to the next epoch:
-        copy what you keep, or save it with `save_fit`.
-      resume: the Fit to go on from, as the callback was given it or `load_fit` found it. With the
-        other arguments the same, what comes out is what would have without the interruption, bit
-        for bit.
+      tolerance: how much lower than the lowest loss a loss must be to count as an improvement.
+      max_skipped: consecutive skipped updates after which training fails; see `make_update`.
+      callback: called with the Fit after each epoch. Training ends if it returns True.
+      resume: the Fit to continue from, as a callback received it or `load_fit` returned it. With
+        the same other arguments the result equals that of an uninterrupted run, bit for bit.
 
     Returns:
       Fit.
 
     Raises:
-      TypeError, ValueError: an argument that does not fit, or values that `check_values` refuses,
-        which is asked once for each batch.
-      Diverged: max_skipped updates in a row were skipped; the callback is not called again.
+      TypeError, ValueError: an argument does not fit, or `check_values` rejects a batch; each batch
+        is checked once.
+      Diverged: max_skipped consecutive updates were skipped.
 
     >>> import optax, jaxrnn
     >>> key_init, key_data, key_fit = jax.random.split(jax.random.key(0), 3)
@@ -280,39 +122,106 @@ def fit(
     >>> result.history[-1].train_loss < result.history[0].train_loss
     True
     """
-    _check_fit(key, params, train, valid, batch_size, h_0, max_epochs, patience, max_skipped)
-    update = make_update(gradient_fn, optimizer)
-    result = _start(params, optimizer, h_0, resume)
-    if isinstance(train, Batch):
-        N = checks.steps_shape(train.xs)[1]
-        shuffled_epoch = _make_epoch(update, min(batch_size or N, N))
+    checks.check_key("key", key)
+    _check_settings(max_epochs, patience, tolerance, max_skipped)
+    _check_data(train, valid, batch_size, h_0, max_epochs)
+    initial = Fit(init_state(params, optimizer, h_0, key=gradient_key), params, (), False)
+    result = initial if resume is None else _check_resume(resume, initial, patience, tolerance)
+    compiled = compile_functions(gradient_fn, optimizer)
+    check = partial(check_values, params, h_0=h_0)
+    # Another iterable may give other batches the next time, so it is iterated once per epoch.
+    held_out = train if valid is None and isinstance(train, Sequence) else valid
+    train, held_out = check_once(check, train), check_once(check, held_out)
+    run_epoch = epoch_runner(compiled, key, train, batch_size, h_0, max_skipped)
 
-    def loss_fn(params, batch, h):
-        return gradient_fn(params, batch, h)[0]
-
-    state, best, history, _ = result
-    lowest, waited = float("inf"), 0
-    for row in history:
-        lowest, waited = _wait(lowest, waited, row, tolerance)
     norms: list[float] = []
-    first = len(history) + 1
-    for epoch in range(first, max_epochs + 1):
-        if waited >= patience:
-            break
-        look = partial(_checked, params, h_0) if epoch == first else lambda batches: batches
-        if isinstance(train, Batch):
-            state, metrics = shuffled_epoch(state, train, jax.random.fold_in(key, epoch))
-        else:
-            state, metrics = _stream_epoch(update, state, look(train), h_0, max_skipped)
-        skipped = _count_skipped(metrics, state.step.item(), norms, max_skipped)
-        train_loss = held_out = _mean_loss(metrics).item()
-        if valid is not None:
-            held_out = evaluate(state.params, look(valid), h_0, loss_fn=loss_fn)
-        history.append(Evaluation(epoch, train_loss, held_out, skipped))
-        if held_out < lowest:
-            best = jax.tree.map(jnp.copy, state.params)
-        lowest, waited = _wait(lowest, waited, history[-1], tolerance)
-        result = Fit(state, best, history, converged=waited >= patience)
-        if callback is not None:
-            callback(result)
-    return result._replace(converged=waited >= patience)
+    try:
+        for epoch in range(len(result.history) + 1, max_epochs + 1):
+            if result.converged:
+                break
+            state, metrics = run_epoch(result.state, epoch)
+            norms = [*norms[-2 * max_skipped :], *metrics.gradient_norm.tolist()]
+            raise_if_diverged(metrics, state.step.item(), norms, max_skipped)
+            train_loss = valid_loss = mean_loss_of_updates(metrics).item()
+            if held_out is not None:
+                name = "train" if valid is None else "valid"
+                valid_loss = mean_over_batches(name, compiled.evaluate, state.params, held_out, h_0)
+            skipped = count_skipped(metrics, state.step.item())
+            row = Evaluation(epoch, train_loss, valid_loss, skipped)
+            result = _extend(result, state, row, patience, tolerance)
+            if callback is not None and callback(result):
+                break
+    except KeyboardInterrupt:
+        warnings.warn(
+            f"interrupted: fit returns the result of epoch {len(result.history)}", stacklevel=2
+        )
+    return result
+
+
+def _extend(
+    result: Fit, state: TrainState, row: Evaluation, patience: int, tolerance: float
+) -> Fit:
+    """The result with one more epoch."""
+    lowest = min((earlier.valid_loss for earlier in result.history), default=math.inf)
+    best = state.params if row.valid_loss < lowest else result.best
+    history = (*result.history, row)
+    return Fit(state, best, history, _epochs_without_improvement(history, tolerance) >= patience)
+
+
+def _epochs_without_improvement(history: tuple[Evaluation, ...], tolerance: float) -> int:
+    lowest, waited = math.inf, 0
+    for row in history:
+        if not math.isnan(row.train_loss):  # else no update was applied: max_skipped decides
+            waited = 0 if row.valid_loss < lowest - tolerance else waited + 1
+            lowest = min(lowest, row.valid_loss)
+    return waited
+
+
+def _check_settings(max_epochs: Any, patience: Any, tolerance: Any, max_skipped: Any) -> None:
+    checks.check_size("max_epochs", max_epochs)
+    checks.check_size("patience", patience)
+    checks.check_size("max_skipped", max_skipped)
+    if not math.isfinite(tolerance):
+        raise ValueError(f"tolerance: expected a finite number, got {tolerance}")
+
+
+def _check_data(train: Any, valid: Any, batch_size: Any, h_0: Any, max_epochs: int) -> None:
+    for name, data in (("train", train), ("valid", valid)):
+        if data is None and name == "valid":
+            continue
+        if not isinstance(data, Iterable):
+            raise TypeError(f"{name}: expected a Batch or an iterable of them, got {data!r}")
+        if isinstance(data, Iterator) and max_epochs > 1:
+            raise ValueError(
+                f"{name}: expected batches that can be iterated once per epoch, such as a list, "
+                f"got the one-pass iterator {data!r}"
+            )
+    if not isinstance(train, Batch):
+        if batch_size is not None:
+            raise ValueError(f"batch_size: expected None, as train is batches, got {batch_size}")
+        return
+    if h_0 is not None:
+        raise ValueError("h_0: expected None, as the examples of a Batch are shuffled, got a state")
+    if len(steps_shape(train.xs)) < 2 or 0 in steps_shape(train.xs)[1:]:
+        raise ValueError(f"train: expected xs (T, examples, ...), got shape {train.xs.shape}")
+    if batch_size is not None:
+        checks.check_size("batch_size", batch_size)
+
+
+def _check_resume(resume: Any, initial: Fit, patience: int, tolerance: float) -> Fit:
+    """The Fit to continue from, as JAX arrays, if it fits the other arguments."""
+    if not isinstance(resume, Fit):
+        raise TypeError(f"resume: expected a Fit or None, got {type(resume).__name__}")
+
+    def kind(leaf: Array) -> str:
+        return f"{leaf.dtype}{list(leaf.shape)}"
+
+    expected, got = (jax.tree.map(kind, (each.state, each.best)) for each in (initial, resume))
+    if expected != got:
+        raise ValueError(
+            f"resume: expected the state of these params, optimizer, h_0 and gradient_key, "
+            f"{expected}, got {got}"
+        )
+    history = tuple(resume.history)
+    state, best = jax.tree.map(jnp.asarray, (resume.state, resume.best))
+    return Fit(state, best, history, _epochs_without_improvement(history, tolerance) >= patience)

@@ -1,7 +1,7 @@
-"""4. The update: the algorithm's own rule, or any optax optimiser, as one jitted step."""
+"""4. The update: the rule of gradient descent, or any optax optimiser, as one jitted step."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from jaxrnn.backward import bptt
-from jaxrnn.forward import step_weights, sum_dtype
-from jaxrnn.params import Params
-from jaxrnn.sequences import Batch
+from jaxrnn import checks
+from jaxrnn.batches import Batch, check_is_batch, step_weights
+from jaxrnn.gradients import GradientFn, PyTree, value_dtype
 
-GradientFn = Callable[..., tuple[tuple[Array, Array], Params]]
-Optimizer: TypeAlias = Any
-"""An `optax.GradientTransformation`, or a rule (params, grads) -> params."""
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree, PyTree], PyTree]
+"""An optax optimiser, or a rule (params, grads) -> params."""
 
 
-def sgd(params, grads, learning_rate):
-    """Gradient descent, theta <- theta - eta dtheta, on any pytree.
+def sgd(params: PyTree, grads: PyTree, learning_rate: float | Array) -> PyTree:
+    """Gradient descent on any pytree.
+
+        theta <- theta - eta dtheta
 
     Args:
       params: theta, a pytree of arrays.
@@ -37,32 +37,34 @@ def sgd(params, grads, learning_rate):
 
 
 class TrainState(NamedTuple):
-    """All that an update changes, a pytree.
+    """Everything that an update changes, a pytree.
 
     Attributes:
-      step: batches seen, a scalar; those whose update was skipped are among them.
-      params: Params.
-      opt_state: the optimiser's state; () for a rule such as `sgd`, which has none.
-      h: the hidden state carried from batch to batch, (*batch, H), or None: every batch starts
-        from zeros.
-      skipped: updates skipped in a row up to now, a scalar; 0 after one that was done.
+      step: batches seen, a scalar; skipped updates are counted too.
+      params: the parameters, any pytree of arrays.
+      opt_state: the state of the optimiser; () for a rule such as `sgd`, which has none.
+      h: the hidden state carried from batch to batch, any pytree such as (*batch, H); None if each
+        batch starts from zeros.
+      skipped: consecutive updates skipped, a scalar; 0 after an update that was applied.
+      key: the key that the randomness of each update is drawn from, or None.
     """
 
     step: Array
-    params: Params
+    params: PyTree
     opt_state: Any
-    h: Array | None = None
+    h: PyTree = None
     skipped: Array | int = 0
+    key: Array | None = None
 
 
 class Metrics(NamedTuple):
-    """What an update reports, scalars on the device.
+    """The metrics of an update, scalars on the device.
 
     Attributes:
-      loss: the batch's mean loss before the update.
+      loss: the mean loss of the batch before the update.
       gradient_norm: the Euclidean norm of the whole gradient, in float32 at least.
-      counted: sum(weights * mask), the steps that the mean was taken over.
-      skipped: updates skipped in a row, this one included; 0 where this one was done.
+      counted: sum(weights * mask), the steps in the mean.
+      skipped: consecutive updates skipped, this one included; 0 if this one was applied.
     """
 
     loss: Array
@@ -72,26 +74,45 @@ class Metrics(NamedTuple):
 
 
 class Diverged(ArithmeticError):
-    """Training was stopped: one update after the other had to be skipped.
+    """Training stopped because too many consecutive updates were skipped.
 
     Attributes:
-      step: the batch at which it was stopped.
-      skipped: the updates skipped in a row.
-      gradient_norms: of the last updates, oldest first.
+      step: the batch at which training stopped.
+      skipped: the number of consecutive updates skipped.
+      gradient_norms: the gradient norms of the last updates, oldest first.
     """
 
     def __init__(self, step: int, skipped: int, gradient_norms: Sequence[float]):
-        norms = ", ".join(f"{norm:.3g}" for norm in gradient_norms)
-        super().__init__(
-            f"step {step}: expected loss, gradient and parameters to be finite, got {skipped} "
-            f"updates in a row where they are not; gradient norms up to here: {norms}. Try a "
-            "smaller learning rate, optax.clip_by_global_norm, or check_values on the data"
-        )
+        super().__init__(step, skipped, list(gradient_norms))  # these rebuild it when unpickled
         self.step, self.skipped, self.gradient_norms = step, skipped, list(gradient_norms)
 
+    def __str__(self) -> str:
+        norms = ", ".join(f"{norm:.3g}" for norm in self.gradient_norms)
+        return (
+            f"step {self.step}: expected finite loss, gradient and new parameters, got "
+            f"{self.skipped} consecutive updates without; last gradient norms: {norms}. Try a "
+            "smaller learning rate, optax.clip_by_global_norm, or check_values on the data"
+        )
 
-def init_state(params: Params, optimizer: Optimizer, h: Array | None = None) -> TrainState:
-    """The state before the first update, in memory of its own, since an update donates it.
+
+def init_state(
+    params: PyTree, optimizer: Optimizer, h: PyTree = None, *, key: Array | None = None
+) -> TrainState:
+    """The state before the first update. It is a copy, because an update donates its state.
+
+    Args:
+      params: the initial parameters, any pytree of floating-point arrays.
+      optimizer: an optax optimiser, or a rule (params, grads) -> params.
+      h: the hidden state before the first batch, to be carried from batch to batch; None starts
+        each batch from zeros.
+      key: a key for a random gradient function. Update n calls
+        `gradient_fn(params, batch, h, key=jax.random.fold_in(key, n))`.
+
+    Returns:
+      TrainState.
+
+    Raises:
+      TypeError: a leaf is not a floating-point array, or the optimizer or the key is not one.
 
     >>> from functools import partial
     >>> import jax, jaxrnn
@@ -99,44 +120,98 @@ def init_state(params: Params, optimizer: Optimizer, h: Array | None = None) -> 
     >>> init_state(params, partial(sgd, learning_rate=0.1)).step.item()
     0
     """
-    opt_state = optimizer.init(params) if _is_optax(optimizer) else ()
+    checks.check_float_tree("params", params)
+    if key is not None:
+        checks.check_key("key", key)
+    check_optimizer(optimizer)
+    opt_state = optimizer.init(params) if _is_optax(optimizer) else ()  # type: ignore[union-attr]
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(step=zero, params=params, opt_state=opt_state, h=h, skipped=zero)
+    state = TrainState(zero, params, opt_state, h, skipped=zero, key=key)
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 
-def _is_optax(optimizer: Optimizer) -> bool:
-    return isinstance(optimizer, optax.GradientTransformation)
+def check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError unless optimizer is an optax optimiser or a function."""
+    if not _is_optax(optimizer) and not callable(optimizer):
+        raise TypeError(
+            "optimizer: expected an optax optimiser or a rule (params, grads) -> params, got "
+            f"{optimizer!r}"
+        )
 
 
-def _all_finite(tree) -> Array:
+def _is_optax(optimizer: Any) -> bool:
+    return isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps)
+
+
+def _apply(
+    optimizer: Any, params: PyTree, grads: PyTree, opt_state: Any, **extra: Any
+) -> tuple[PyTree, Any]:
+    """The new parameters and optimiser state. `extra` goes to those optimisers that want it."""
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
+    if _is_optax(optimizer):
+        optimizer = optax.with_extra_args_support(optimizer)
+        updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
+        return optax.apply_updates(params, updates), opt_state
+    new = optimizer(params, grads)
+    expected, got = (jax.tree.map(jnp.shape, tree) for tree in (params, new))
+    if expected != got:
+        raise TypeError(
+            "optimizer: expected a rule that returns new parameters of the same shapes, got "
+            f"{new!r} from {optimizer!r}. An optax optimiser is called first: optax.adam(1e-3)"
+        )
+    return new, opt_state
+
+
+def _all_finite(tree: PyTree) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
+def _value_fn(
+    gradient_fn: Callable[[PyTree], tuple[tuple[Array, PyTree], PyTree]],
+) -> Callable[[PyTree], Array]:
+    """params -> value, whose gradient is the gradient function's: what a line search evaluates."""
+
+    @jax.custom_vjp
+    def value(params: PyTree) -> Array:
+        return gradient_fn(params)[0][0]
+
+    def forward(params: PyTree) -> tuple[Array, PyTree]:
+        (value, _), grads = gradient_fn(params)
+        return value, grads
+
+    def backward(grads: PyTree, d_value: Array) -> tuple[PyTree]:
+        return (jax.tree.map(lambda d: d_value.astype(d.dtype) * d, grads),)
+
+    value.defvjp(forward, backward)
+    return value
+
+
 def make_update(
-    gradient_fn: GradientFn = bptt, optimizer: Optimizer = None
+    gradient_fn: GradientFn, optimizer: Optimizer
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Makes the update step: gradient, then optimiser, jitted, with the state donated.
+    """Makes the update step: the gradient, then the optimiser, jitted, with the state donated.
 
         (L, h_T), grads = gradient_fn(params, batch, h)        params <- optimizer(params, grads)
 
-    A hidden state in the state is carried on from batch to batch; no gradient flows across
+    A hidden state in the TrainState is carried from batch to batch. No gradient flows across
     (truncated backpropagation through time; Williams and Peng 1990).
 
-    Where the loss, the gradient's norm, the new parameters or h_T are not finite, the update is
-    skipped: parameters, optimiser state and h stay as they were, bit for bit, and `skipped` counts
-    on. So nothing is waited for; a loop looks at `skipped` when it likes and raises `Diverged`.
+    If the loss, the norm of the gradient, the new parameters or h_T are not finite, the update is
+    skipped: parameters, optimiser state and h stay as they are, bit for bit, and `skipped` counts
+    the consecutive skips. There is no host synchronisation: poll `skipped` when convenient.
 
     Args:
-      gradient_fn: (params, batch, h_0) -> ((value, h_T), grads): `bptt`, or
-        `jax.value_and_grad(sequence_loss, has_aux=True)`, perhaps with activation and loss bound
-        by `functools.partial`.
+      gradient_fn: (params, batch, h) -> ((value, h_T), grads) for any pytree of parameters: `bptt`,
+        or `jax.value_and_grad(loss, has_aux=True)`, with options bound by `functools.partial`. If
+        the state has a key, the function is called with `key=jax.random.fold_in(state.key, step)`.
       optimizer: an optax optimiser, or a rule (params, grads) -> params such as
-        `functools.partial(sgd, learning_rate=0.1)`. There is no default.
+        `functools.partial(sgd, learning_rate=0.1)`. Optimisers that take `value`, `grad` and
+        `value_fn`, such as `optax.lbfgs`, get them.
 
     Returns:
-      update: (state, batch) -> (state, Metrics), pure but for the donation: use the state that it
-      returns, not the one that it was given.
+      update: (state, batch) -> (state, Metrics). It donates the state, so use the one it returns.
+      Inside `jit`, `vmap` or `scan` nothing is donated.
 
     Raises:
       TypeError: optimizer is neither.
@@ -144,7 +219,7 @@ def make_update(
     >>> from functools import partial
     >>> import jax, jaxrnn
     >>> rule = partial(sgd, learning_rate=0.1)
-    >>> update = make_update(bptt, rule)
+    >>> update = make_update(jaxrnn.bptt, rule)
     >>> state = init_state(jaxrnn.init(jax.random.key(0), 3, 5, 2), rule)
     >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
     >>> state, before = update(state, batch)
@@ -152,23 +227,21 @@ def make_update(
     >>> bool(after.loss < before.loss)
     True
     """
-    if not callable(optimizer) and not _is_optax(optimizer):
-        raise TypeError(
-            f"optimizer: expected an optax optimiser or a rule (params, grads) -> params, got "
-            f"{optimizer!r}"
-        )
+    check_optimizer(optimizer)
 
-    def apply(params, grads, opt_state):
-        if not _is_optax(optimizer):
-            return optimizer(params, grads), ()
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        check_is_batch(batch)
+        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+        keywords = {} if key is None else {"key": key}
 
-    def update(state, batch):
-        (value, h_T), grads = gradient_fn(state.params, batch, state.h)
-        dtype = sum_dtype(state.params)
+        def gradient(params: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
+            return gradient_fn(params, batch, state.h, **keywords)
+
+        (value, h_T), grads = gradient(state.params)
+        dtype = value_dtype(state.params)
         norm = optax.tree.norm(jax.tree.map(lambda d: d.astype(dtype), grads))
-        params, opt_state = apply(state.params, grads, state.opt_state)
+        extra = {"value": value, "grad": grads, "value_fn": _value_fn(gradient)}
+        params, opt_state = _apply(optimizer, state.params, grads, state.opt_state, **extra)
         h = None if state.h is None else lax.stop_gradient(h_T)
 
         finite = _all_finite((value, norm, params, h))
@@ -176,6 +249,14 @@ def make_update(
         params, opt_state, h = jax.tree.map(partial(jnp.where, finite), after, before)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = Metrics(value, norm, step_weights(batch, dtype).sum(), skipped)
-        return TrainState(state.step + 1, params, opt_state, h, skipped), metrics
+        return TrainState(state.step + 1, params, opt_state, h, skipped, state.key), metrics
 
-    return jax.jit(update, donate_argnums=0)
+    jitted, donating = jax.jit(update), jax.jit(update, donate_argnums=0)
+
+    @wraps(update)
+    def donate_unless_traced(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Under an outer vmap, XLA cannot reuse a donated state that is not mapped.
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, batch)))
+        return jitted(state, batch) if traced else donating(state, batch)
+
+    return donate_unless_traced

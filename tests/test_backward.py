@@ -1,6 +1,7 @@
 """The hand-written gradient against autodiff, an oracle without it, and planted faults."""
 
 import inspect
+import re
 import types
 from functools import partial
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch, backward
+from jaxrnn import Batch, backward, recurrence
 from tests.reference import (
     Case,
     oracle_value_and_grad,
@@ -60,47 +61,59 @@ def test_a_softmax_over_one_class_has_no_gradient():
     assert max(float(jnp.abs(leaf).max()) for leaf in (value, *grads)) <= 1e-15
 
 
+def with_fault(modules, right, wrong):
+    """The modules, each importing from those before it, executed as one with `right` replaced."""
+    source = "\n".join(map(inspect.getsource, modules))
+    assert source.count(right) == 1, "the fault no longer applies: plant it anew"
+    for module in modules[:-1]:
+        source = re.sub(rf"from {module.__name__} import (\([^)]*\)|.*)\n", "", source)
+    faulty = types.ModuleType("faulty")
+    exec(compile(source.replace(right, wrong), "faulty", "exec"), faulty.__dict__)
+    return faulty
+
+
 FAULTS = {
-    "f' forgotten": ("f_prime * (dh_y + dh)", "dh_y + dh"),
-    "f' forgotten in what flows back, as in the outline": ("dz @ W_h", "(dh_y + dh) @ W_h"),
-    "f' of the step before": ("activation.df(hs)", "activation.df(previous(hs, h, None))"),
+    "f' forgotten": ("f_prime * dh)", "dh)"),
+    "f' forgotten in what flows back, as in the outline": ("dz @ W_h", "dh @ W_h"),
+    "f' of the step before": ("W_y, activation.df(hs)", "W_y, activation.df(previous(hs, h_0, None))"),
     "W_h transposed": ("dz @ W_h", "dz @ W_h.T"),
     "W_y transposed": ("dys @ params.W_y,", "dys @ params.W_y.T,"),
-    "dW_h transposed": ("outer_sum(dzs, previous(hs, h, block.reset), dtype)",
-                        "outer_sum(dzs, previous(hs, h, block.reset), dtype).T"),
-    "forward in time": ("mask, reset), reverse=True,", "mask, reset),"),
-    "blocks forward in time": ("        reverse=True,\n", ""),
-    "no recurrence": ("f_prime * (dh_y + dh)", "f_prime * dh_y"),
-    "no output error": ("f_prime * (dh_y + dh)", "f_prime * dh"),
-    "mask ignored in dz": ("where_exists(exists, f_prime * (dh_y + dh))", "f_prime * (dh_y + dh)"),
-    "gradient not held over a masked step": ("hold(exists, unless_reset(cut, dz @ W_h), dh)",
-                                             "unless_reset(cut, dz @ W_h)"),
-    "mask a step late": ("W_h, dh, dhs, f_primes, block.mask,",
-                         "W_h, dh, dhs, f_primes, jnp.roll(block.mask, 1, 0),"),
-    "reset ignored": ("unless_reset(cut, dz @ W_h)", "dz @ W_h"),
-    "reset a step late": ("f_prime * (dh_y + dh)", "f_prime * (dh_y + unless_reset(cut, dh))"),
-    "reset ignored in h_{t-1}": ("previous(hs, h, block.reset)", "previous(hs, h, None)"),
-    "h_t for h_{t-1}": ("outer_sum(dzs, previous(hs, h, block.reset), dtype)",
+    "dW_h transposed": ("outer_sum(dzs, previous(hs, h_0, block.reset), dtype)",
+                        "outer_sum(dzs, previous(hs, h_0, block.reset), dtype).T"),
+    "forward in time": ("inputs, reverse=True, unroll", "inputs, unroll"),
+    "blocks forward in time": ("K, saved, reverse=True)", "K, saved)"),
+    "no recurrence": ("dh = dh_y + dh_next", "dh = dh_y"),
+    "no output error": ("dh = dh_y + dh_next", "dh = dh_next"),
+    "mask ignored in dz": ("where_exists(valid, f_prime * dh)", "f_prime * dh"),
+    "gradient not held over a masked step": (
+        "hold(valid, unless_reset(reset_t, dz @ W_h), dh_next)", "unless_reset(reset_t, dz @ W_h)"
+    ),
+    "mask a step late": ("f_primes, block.mask,", "f_primes, jnp.roll(block.mask, 1, 0),"),
+    "reset ignored": ("unless_reset(reset_t, dz @ W_h)", "dz @ W_h"),
+    "reset a step late": ("dh_y + dh_next", "dh_y + unless_reset(reset_t, dh_next)"),
+    "reset ignored in h_{t-1}": ("previous(hs, h_0, block.reset)", "previous(hs, h_0, None)"),
+    "h_t for h_{t-1}": ("outer_sum(dzs, previous(hs, h_0, block.reset), dtype)",
                         "outer_sum(dzs, hs, dtype)"),
-    "h_0 left out of dW_h": ("previous(hs, h, block.reset)",
-                             "previous(hs, jnp.zeros_like(h), block.reset)"),
-    "dW_h skips the first step": ("outer_sum(dzs, previous(hs, h, block.reset), dtype)",
-                                  "outer_sum(dzs[1:], previous(hs, h, block.reset)[1:], dtype)"),
+    "h_0 left out of dW_h": ("previous(hs, h_0, block.reset)",
+                             "previous(hs, jnp.zeros_like(h_0), block.reset)"),
+    "dW_h skips the first step": ("outer_sum(dzs, previous(hs, h_0, block.reset), dtype)",
+                                  "outer_sum(dzs[1:], previous(hs, h_0, block.reset)[1:], dtype)"),
     "db_h skips the last step": ("bias_sum(dzs, dtype)", "bias_sum(dzs[:-1], dtype)"),
     "db_y skips the first step": ("bias_sum(dys, dtype)", "bias_sum(dys[1:], dtype)"),
     "db_h times 0.99": ("b_h=bias_sum(dzs, dtype)", "b_h=bias_sum(dzs, dtype) * 0.99"),
-    "dW_h times 1.01": ("outer_sum(dzs, previous(hs, h, block.reset), dtype)",
-                        "1.01 * outer_sum(dzs, previous(hs, h, block.reset), dtype)"),
+    "dW_h times 1.01": ("outer_sum(dzs, previous(hs, h_0, block.reset), dtype)",
+                        "1.01 * outer_sum(dzs, previous(hs, h_0, block.reset), dtype)"),
     "one element of dW_y zero": ("outer_sum(dys, hs, dtype)",
                                  "outer_sum(dys, hs, dtype).at[0, 0].set(0)"),
     "weights ignored": ("weights[..., None] * loss.error(ys, targets)", "loss.error(ys, targets)"),
-    "divided by all steps": ("sum / jnp.where(total == 0, 1, total)", "sum / batch.mask.size"),
+    "divided by all steps": ("step_weights(batch, dtype).sum())",
+                             "jnp.asarray(batch.mask.size, dtype))"),
     "sign of the error": ("loss.error(ys, targets)", "-loss.error(ys, targets)"),
-    "blocks not joined": ("        return dh, jax.tree", "        return 0 * dh, jax.tree"),
+    "blocks not joined": ("return (dh_next, jax.tree", "return (0 * dh_next, jax.tree"),
     "gradient of one block alone": ("jax.tree.map(jnp.add, sums, block_sums)", "block_sums"),
-    "left-over steps left out": ("carry = backward(carry, rest, kept_rest)", "pass"),
-    "left-over steps from a zero state": ("backward(carry, rest, kept_rest)",
-                                          "backward(carry, rest, (h_0, kept_rest[1]))"),
+    "tail left out": ("carry, last = body(carry, tail, saved_tail)\n        carry, blocks",
+                      "last = None\n        carry, blocks"),
+    "tail from the first state": ("h, hs = saved\n", "h, hs = saved\n        h = h_0\n"),
     "recomputed from a zero state": ("block, h, activation) if hs is None",
                                      "block, h_0, activation) if hs is None"),
 }  # fmt: skip
@@ -131,10 +144,7 @@ def agrees(bptt, fault_cases, tolerance) -> bool:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.replace(" ", "-"))
 def test_a_planted_fault_is_caught(fault, fault_cases):
     right, wrong = FAULTS[fault]
-    source = inspect.getsource(backward)
-    assert source.count(right) == 1, "the fault no longer applies: plant it anew"
-    faulty = types.ModuleType("faulty")
-    exec(compile(source.replace(right, wrong), "faulty", "exec"), faulty.__dict__)
+    faulty = with_fault([recurrence, backward], right, wrong)
     assert not agrees(faulty.bptt, fault_cases, 1e-3), "this fault would have passed"
 
 

@@ -129,7 +129,7 @@ def test_the_loss_inside_somebody_elses_shard_map(mesh):
 def test_a_batch_that_does_not_divide_is_named(batch_shape, mesh):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     batch = Batch(jnp.ones((4, *batch_shape, 3)), jnp.zeros((4, *batch_shape), int))
-    with pytest.raises(ValueError, match=r"^batch: .* first batch axis that divides by 8"):
+    with pytest.raises(ValueError, match=r"^batch: .* first batch axis that is a multiple of 8"):
         jaxrnn.data_parallel(jaxrnn.bptt, mesh)(params, batch)
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch
+from jaxrnn import Batch, training
 
 
 def parity(key, T=8, N=50):
@@ -135,7 +135,10 @@ def test_evaluate_weighs_batches_by_their_counted_steps(params):
     data = data._replace(mask=jax.random.bernoulli(jax.random.key(2), 0.5, (8, 50)))
     expected = jaxrnn.sequence_loss(params, data)[0]
     np.testing.assert_allclose(jaxrnn.evaluate(params, halves(data)), expected, rtol=1e-6)
-    assert jaxrnn.evaluate(params, []) == 0.0
+    nothing = data._replace(mask=jnp.zeros((8, 50), bool))
+    for batches in ([], nothing, [nothing]):
+        with pytest.raises(ValueError, match=r"^batches: expected at least one step that counts"):
+            jaxrnn.evaluate(params, batches)
 
 
 def spoilt(bad, where):
@@ -169,7 +172,7 @@ def test_skipped_updates_are_counted_said_and_left_out_of_the_mean(params):
 def test_too_many_in_a_row_stop_the_training(where, step, params):
     seen = []
     with pytest.raises(
-        jaxrnn.Diverged, match=f"^step {step}: .* got 3 updates in a row"
+        jaxrnn.Diverged, match=f"^step {step}: .* got 3 consecutive updates"
     ) as stopped:
         jaxrnn.fit(
             jax.random.key(0), params, spoilt(8, where), optimizer=optax.adam(1e-2),
@@ -183,7 +186,7 @@ def test_so_do_too_many_over_the_end_of_an_epoch(params):
     """Three at the end of an epoch and two at the start of the next, shuffled examples too."""
     with (
         pytest.warns(UserWarning, match="train: 3 of the 4 updates up to step 4 skipped"),
-        pytest.raises(jaxrnn.Diverged, match=r"^step 5: .* got 4 updates") as stopped,
+        pytest.raises(jaxrnn.Diverged, match=r"^step 5: .* got 4 consecutive updates") as stopped,
     ):
         jaxrnn.fit(
             jax.random.key(0), params, Cycle(spoilt(4, {1, 2, 3}), spoilt(4, {0, 1})),
@@ -191,7 +194,7 @@ def test_so_do_too_many_over_the_end_of_an_epoch(params):
         )  # fmt: skip
     assert len(stopped.value.gradient_norms) == 5
     whole = parity(jax.random.key(1))._replace(weights=jnp.full((8, 50), 1e38))
-    with pytest.raises(jaxrnn.Diverged, match=r"^step 4: .* got 4 updates"):
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 4: .* got 4 consecutive updates"):
         jaxrnn.fit(
             jax.random.key(0), params, whole, optimizer=optax.adam(1e-2), gradient_fn=spoiling,
             batch_size=10, max_skipped=4,
@@ -225,8 +228,10 @@ class Cycle:
 
 def test_batches_are_checked_once_before_they_are_trained_on(params, monkeypatch):
     checked = []
-    check = jaxrnn.checks.check_values
-    monkeypatch.setattr(jaxrnn.checks, "check_values", lambda *a: (checked.append(a), check(*a)))
+    check = jaxrnn.check_values
+    monkeypatch.setattr(
+        training, "check_values", lambda *a, **k: (checked.append(a), check(*a, **k))
+    )
     train = halves(parity(jax.random.key(1)))
     fit = partial(jaxrnn.fit, jax.random.key(0), params, optimizer=optax.sgd(0.1))
     fit(train, train, max_epochs=3)

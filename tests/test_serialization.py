@@ -9,7 +9,9 @@ import optax
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch, CheckpointError, checkpoints, from_arrays, to_arrays
+from jaxrnn import Batch, checkpoints
+from jaxrnn.checkpoints import CheckpointError
+from jaxrnn.serialization import from_arrays, to_arrays
 
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
 

@@ -1,0 +1,130 @@
+"""Batch: input sequences, their targets, and which steps exist and count."""
+
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxrnn import checks
+from jaxrnn.params import Params
+
+Tree = TypeVar("Tree")
+
+
+class Batch(NamedTuple):
+    """Input sequences with their targets, a pytree. T steps, zero or more batch axes.
+
+    Attributes:
+      xs: (T, *batch, I) numbers, or (T, *batch) integer tokens, which stand for one-hot inputs.
+      targets: (T, *batch, O), or (T, *batch) integer labels.
+      mask: (T, *batch) bool, step t exists. Where it is False, the state is held, the loss is not
+        counted, and the values of xs and targets are never read.
+      reset: (T, *batch) bool, step t is the first of a new sequence: h_{t-1} is replaced by zeros.
+        Ignored where the mask is False.
+      weights: (T, *batch) float, at least 0: the weight of step t in the loss.
+    """
+
+    xs: Array
+    targets: Array
+    mask: Array | None = None
+    reset: Array | None = None
+    weights: Array | None = None
+
+
+def steps_shape(xs: Array) -> tuple[int, ...]:
+    """(T, *batch) of an input sequence. Tokens have no feature axis."""
+    return xs.shape if checks.is_integer(xs) else xs.shape[:-1]
+
+
+def per_step(flags: Array, xs: Array) -> Array:
+    """flags (T, *batch) with trailing axes of size 1, so that they broadcast over xs."""
+    return flags.reshape(flags.shape + (1,) * (xs.ndim - flags.ndim))
+
+
+def where_exists(mask: Array | None, xs: Array) -> Array:
+    """xs where the mask is True, else 0."""
+    return xs if mask is None else jnp.where(per_step(mask, xs), xs, jnp.zeros_like(xs))
+
+
+def step_weights(batch: Batch, dtype: DTypeLike = jnp.float32) -> Array:
+    """weights * mask, (T, *batch)."""
+    ones = jnp.ones(steps_shape(batch.xs), dtype)
+    weights = ones if batch.weights is None else batch.weights.astype(dtype)
+    return where_exists(batch.mask, weights)
+
+
+def divide_by_count(sums: Tree, count: Array) -> Tree:
+    """sums / count for each leaf of a pytree; 0 / 0 is 0."""
+    count = jnp.where(count == 0, jnp.ones_like(count), count)
+    return jax.tree.map(lambda leaf: leaf / count, sums)
+
+
+def mean_weights(batch: Batch, dtype: DTypeLike) -> Array:
+    """weights * mask / sum(weights * mask): a sum over steps weighted by them is the mean."""
+    weights = step_weights(batch, dtype)
+    return divide_by_count(weights, weights.sum())
+
+
+def check_is_batch(batch: Any) -> None:
+    """Raises TypeError unless batch is a Batch."""
+    if not isinstance(batch, Batch):
+        raise TypeError(f"batch: expected Batch(xs, targets), got {type(batch).__name__}")
+
+
+def check_input(name: str, params: Params | None, x: Any, leading: str) -> None:
+    """Raises unless x are tokens, or numbers with I features; any number if params is None."""
+    checks.check_array(name, x)
+    I = "I" if params is None else params.W_x.shape[1]
+    if checks.is_integer(x):
+        return
+    if not checks.is_float(x.dtype):
+        raise TypeError(
+            f"{name}: expected a floating-point dtype, or integer tokens, got {x.dtype}"
+        )
+    if x.ndim < 1 or (params is not None and x.shape[-1] != I):
+        raise ValueError(f"{name}: expected shape ({leading}, {I}) to fit W_x, got {x.shape}")
+
+
+def check_state(name: str, params: Params, h: Any, batch_shape: tuple[int, ...]) -> None:
+    """Raises unless h is a state (*batch, H)."""
+    checks.check_float_array(name, h)
+    checks.check_shape(name, h, (*batch_shape, params.W_h.shape[0]), "*batch, H")
+
+
+def check_sequence(params: Params | None, xs: Any, h_0: Any, mask: Any, reset: Any) -> None:
+    """Raises TypeError or ValueError unless the arguments of `hidden_states` fit one another."""
+    check_input("xs", params, xs, "T, *batch")
+    shape = steps_shape(xs)
+    if not shape:
+        raise ValueError(f"xs: expected a time axis in front, got shape {xs.shape}")
+    if h_0 is not None and params is not None:
+        check_state("h_0", params, h_0, shape[1:])
+    for name, flags in (("mask", mask), ("reset", reset)):
+        if flags is not None:
+            checks.check_array(name, flags)
+            if flags.dtype != jnp.bool_:
+                raise TypeError(f"{name}: expected bool, got {flags.dtype}")
+            checks.check_shape(name, flags, shape, "T, *batch as in xs")
+
+
+def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:
+    """Raises TypeError or ValueError unless the batch fits the parameters and the state.
+
+    Without Params, the fields of the batch still have to fit one another.
+    """
+    check_is_batch(batch)
+    check_sequence(params, batch.xs, h_0, batch.mask, batch.reset)
+    shape, O = steps_shape(batch.xs), "O" if params is None else params.W_y.shape[0]
+    checks.check_array("targets", batch.targets)
+    if not jnp.issubdtype(batch.targets.dtype, jnp.number) and batch.targets.dtype != jnp.bool_:
+        raise TypeError(f"targets: expected numbers, got {batch.targets.dtype}")
+    if batch.targets.shape[: len(shape)] != shape:
+        raise ValueError(
+            f"targets: expected shape {shape} or {(*shape, O)}, one target for each step of xs, "
+            f"got {batch.targets.shape}"
+        )
+    if batch.weights is not None:
+        checks.check_float_array("weights", batch.weights)
+        checks.check_shape("weights", batch.weights, shape, "T, *batch as in xs")

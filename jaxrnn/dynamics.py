@@ -1,0 +1,79 @@
+"""The network as a dynamical system: how a gradient flows through time.
+
+The gradient shrinks or grows with each step back, which is why plain recurrent networks are hard to
+train (Hochreiter 1991; Bengio, Simard, Frasconi 1994).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxrnn.activations import Activation, check_activation, tanh
+from jaxrnn.batches import Batch, check_batch, mean_weights, where_exists
+from jaxrnn.forward import hidden_states
+from jaxrnn.losses import Loss, check_loss, cross_entropy
+from jaxrnn.params import Params, at_least_float32, check_params
+from jaxrnn.recurrence import match_varying_axes, readout, reverse_scan
+
+
+class Flow(NamedTuple):
+    """The derivative of the loss by the state and the pre-activation of each step.
+
+    Attributes:
+      dhs: dL/dh_t, (T, *batch, H), through the output of step t and through all later steps.
+      dzs: dL/dz_t, (T, *batch, H); zeros where the mask is False.
+    """
+
+    dhs: Array
+    dzs: Array
+
+
+def gradient_flow(
+    params: Params,
+    batch: Batch,
+    h_0: Array | None = None,
+    *,
+    activation: Activation = tanh,
+    loss: Loss = cross_entropy,
+) -> Flow:
+    """dh_t and dz_t of every step, which `bptt` sums and discards (Werbos 1990).
+
+        dh_t = W_y^T dy_t + W_h^T dz_{t+1}        dz_t = f'(z_t) * dh_t        dz_{T+1} = 0
+
+    `jnp.linalg.norm(flow.dhs, axis=-1)` is the norm of the gradient at each step. With `weights`
+    that count one step alone, it shows how far back the error of that step reaches.
+
+    Args:
+      params: Params.
+      batch: Batch. Where its mask is False, dh_t is the gradient that passes the step.
+      h_0: (*batch, H); zeros if None.
+      activation: f.
+      loss: g and its loss, the mean over the steps that count.
+
+    Returns:
+      Flow, in the parameters' dtype.
+
+    Raises:
+      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
+    >>> flow = gradient_flow(params, batch)
+    >>> (_, _), grads = jaxrnn.bptt(params, batch)
+    >>> bool(jnp.allclose(flow.dzs.sum(axis=(0, 1)), grads.b_h, atol=1e-6))
+    True
+    """
+    check_params(params)
+    check_activation(activation)
+    check_loss(loss)
+    check_batch(params, batch, h_0)
+    mask, reset, dtype = batch.mask, batch.reset, at_least_float32(params.W_h.dtype)
+    _, hs = hidden_states(params, batch.xs, h_0, activation=activation, mask=mask, reset=reset)
+    errors = loss.error(readout(params, hs).astype(dtype), where_exists(mask, batch.targets))
+    dys = (mean_weights(batch, dtype)[..., None] * errors).astype(hs.dtype)
+    dh_next = match_varying_axes(jnp.zeros(hs.shape[1:], hs.dtype), hs)  # dz_{T+1} = 0
+    f_primes = activation.df(hs)
+    _, flow = reverse_scan(params.W_h, dh_next, dys @ params.W_y, f_primes, mask, reset)
+    return Flow(*flow)

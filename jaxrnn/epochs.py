@@ -1,0 +1,179 @@
+"""One epoch of training: over the shuffled examples of a Batch, or over batches in order."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxrnn.batches import Batch, step_weights, steps_shape
+from jaxrnn.evaluation import value_state_count
+from jaxrnn.gradients import GradientFn, PyTree, value_dtype
+from jaxrnn.update import Diverged, Metrics, Optimizer, TrainState, make_update
+
+
+class Compiled(NamedTuple):
+    """The compiled functions of a run.
+
+    Attributes:
+      update: what `make_update` returns.
+      shuffled_epoch: (state, train, key, batch_size) -> (state, Metrics of each update).
+      evaluate: (params, batch, h) -> (value, h_T, steps that count).
+    """
+
+    update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    shuffled_epoch: Callable[[TrainState, Batch, Array, int], tuple[TrainState, Metrics]]
+    evaluate: Callable[[PyTree, Batch, PyTree], tuple[Array, PyTree, Array]]
+
+
+def compile_functions(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
+    """The compiled functions; the same ones for the same arguments, so that nothing recompiles."""
+    try:
+        return _cached(gradient_fn, optimizer)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        return _cached.__wrapped__(gradient_fn, optimizer)
+
+
+@lru_cache(maxsize=8)
+def _cached(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
+    update = make_update(gradient_fn, optimizer)
+
+    def loss_fn(params: PyTree, batch: Batch, h: PyTree) -> Any:
+        return gradient_fn(params, batch, h)[0]  # XLA removes the gradient
+
+    def epoch(
+        state: TrainState, train: Batch, key: Array, batch_size: int
+    ) -> tuple[TrainState, Metrics]:
+        return shuffled_epoch(update, state, train, key, batch_size)
+
+    # The state is not donated: the result that was handed out before the epoch stays as it is.
+    return Compiled(
+        update,
+        jax.jit(epoch, static_argnums=3),
+        jax.jit(partial(value_state_count, loss_fn)),
+    )
+
+
+def shuffled_epoch(
+    update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    state: TrainState,
+    train: Batch,
+    key: Array,
+    batch_size: int,
+) -> tuple[TrainState, Metrics]:
+    """Shuffles the examples, axis 1, and updates on each minibatch in turn, in one scan."""
+    N = steps_shape(train.xs)[1]
+    count = -(-N // batch_size)
+    order = jnp.resize(jax.random.permutation(key, N), (count, batch_size))
+    # The last minibatch is filled with examples that have had their turn, which do not count.
+    first_turn = (jnp.arange(count * batch_size) < N).reshape(count, batch_size)
+
+    def body(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
+        examples, first_turn = inputs
+        batch = jax.tree.map(lambda leaf: leaf[:, examples], train)
+        if N % batch_size:
+            weights = step_weights(batch, value_dtype(state.params))
+            first_turn = first_turn.reshape(batch_size, *(1,) * (weights.ndim - 2))
+            batch = batch._replace(weights=weights * first_turn.astype(weights.dtype))
+        return update(state, batch)
+
+    return lax.scan(body, state, (order, first_turn))
+
+
+def streamed_epoch(
+    update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    state: TrainState,
+    train: Iterable[Batch],
+    h_0: PyTree,
+    max_skipped: int,
+) -> tuple[TrainState, Metrics]:
+    """Updates on each batch in turn, the state carried from h_0 on unless it is None."""
+    state = jax.tree.map(jnp.copy, state._replace(h=h_0))  # an update donates its state
+    metrics = []
+    for batch in train:
+        state, reported = update(state, batch)
+        metrics.append(reported)
+        # Polled once in max_skipped updates, so that the host does not wait for each one.
+        if len(metrics) % max_skipped == 0 and reported.skipped.item() >= max_skipped:
+            break
+    if not metrics:
+        raise ValueError("train: expected at least one batch, got none")
+    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics)
+
+
+@jax.jit
+def mean_loss_of_updates(metrics: Metrics) -> Array:
+    """The mean loss over the updates that were applied; NaN if none was."""
+    applied = metrics.skipped == 0
+    counted = jnp.where(applied, metrics.counted, 0).sum()
+    total = jnp.where(applied, metrics.loss * metrics.counted, 0).sum()
+    return jnp.where(applied.any(), total / jnp.where(counted == 0, 1.0, counted), jnp.nan)
+
+
+def epoch_runner(
+    compiled: Compiled,
+    key: Array,
+    train: Batch | Iterable[Batch],
+    batch_size: int | None,
+    h_0: PyTree,
+    max_skipped: int,
+) -> Callable[[TrainState, int], tuple[TrainState, Metrics]]:
+    """(state, number of the epoch) -> (state, Metrics of each update), as the kind of data asks."""
+    if not isinstance(train, Batch):
+        return lambda state, _: streamed_epoch(compiled.update, state, train, h_0, max_skipped)
+    data = jax.tree.map(jnp.asarray, train)
+    N = steps_shape(data.xs)[1]
+    size = min(batch_size or N, N)
+    return lambda state, epoch: compiled.shuffled_epoch(
+        state, data, jax.random.fold_in(key, epoch), size
+    )
+
+
+def raise_if_diverged(metrics: Metrics, step: int, norms: list[float], max_skipped: int) -> None:
+    """Raises Diverged where max_skipped consecutive updates were skipped; `step` is the last."""
+    too_many = np.asarray(metrics.skipped) >= max_skipped
+    if too_many.any():
+        later = len(too_many) - 1 - int(too_many.argmax())
+        recent = norms[: len(norms) - later][-2 * max_skipped :]
+        raise Diverged(step - later, max_skipped, recent)
+
+
+def count_skipped(metrics: Metrics, step: int) -> int:
+    """The number of updates skipped, with a warning if there are any."""
+    skipped = np.asarray(metrics.skipped) > 0
+    if skipped.any():
+        warnings.warn(
+            f"train: {skipped.sum()} of the {len(skipped)} updates up to step {step} skipped, as "
+            "loss, gradient or new parameters are not finite",
+            stacklevel=3,
+        )
+    return int(skipped.sum())
+
+
+class CheckedOnce:
+    """Batches, each of which is checked the first time that it is read."""
+
+    def __init__(self, check: Callable[[Batch], None], batches: Iterable[Batch]):
+        self.check, self.batches, self.checked = check, batches, False
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            if not self.checked:
+                self.check(batch)
+            yield batch
+        self.checked = True
+
+
+def check_once(check: Callable[[Batch], None], data: Any) -> Any:
+    """The same data, after the check of a Batch, or with a check of each batch as it comes."""
+    if isinstance(data, Batch):
+        check(data)
+    if data is None or isinstance(data, Batch):
+        return data
+    return CheckedOnce(check, data)

@@ -1,0 +1,79 @@
+"""The mean loss over held-out data."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+
+from jaxrnn.batches import Batch, check_is_batch, step_weights
+from jaxrnn.forward import sequence_loss
+from jaxrnn.gradients import PyTree, value_dtype
+
+LossFn = Callable[..., tuple[Array, Any]]
+"""(params, batch, h) -> (value, h_T)."""
+
+
+def value_state_count(
+    loss_fn: LossFn, params: PyTree, batch: Batch, h: PyTree
+) -> tuple[Array, PyTree, Array]:
+    """The mean loss of one batch, its last state, and the steps in the mean."""
+    value, h_T = loss_fn(params, batch, h)
+    return value, h_T, step_weights(batch, value_dtype(params)).sum()
+
+
+_value_state_count = jax.jit(value_state_count, static_argnums=0)
+
+
+def mean_over_batches(
+    name: str,
+    compiled: Callable[[PyTree, Batch, PyTree], tuple[Array, PyTree, Array]],
+    params: PyTree,
+    batches: Batch | Iterable[Batch],
+    h_0: PyTree,
+) -> float:
+    """What `evaluate` returns, by a compiled `value_state_count`; errors name the argument."""
+    total = count = 0.0
+    h = h_0
+    for batch in [batches] if isinstance(batches, Batch) else batches:
+        check_is_batch(batch)
+        value, h_T, counted = compiled(params, batch, h)
+        if steps := counted.item():
+            total, count = total + value.item() * steps, count + steps
+        h = None if h_0 is None else h_T
+    if count == 0:
+        raise ValueError(f"{name}: expected at least one step that counts, got none")
+    return total / count
+
+
+def evaluate(
+    params: PyTree,
+    batches: Batch | Iterable[Batch],
+    h_0: PyTree = None,
+    *,
+    loss_fn: LossFn = sequence_loss,
+) -> float:
+    """The mean loss over all steps that count in all batches.
+
+    Args:
+      params: the parameters.
+      batches: a Batch, or several.
+      h_0: the state before the first batch, carried from batch to batch; None starts each batch
+        from zeros.
+      loss_fn: (params, batch, h) -> (value, h_T). It is compiled once for each function, so give it
+        a name outside a loop.
+
+    Returns:
+      The mean, a float.
+
+    Raises:
+      ValueError: no step counts.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
+    >>> abs(evaluate(params, [batch, batch]) - sequence_loss(params, batch)[0].item()) < 1e-6
+    True
+    """
+    return mean_over_batches("batches", partial(_value_state_count, loss_fn), params, batches, h_0)

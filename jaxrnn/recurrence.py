@@ -1,0 +1,244 @@
+"""The recurrence: the two loops over time, and the one custom derivative rule.
+
+    z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = f(z_t)               `recur`, forward
+    dh_t = W_y^T dy_t + W_h^T dz_{t+1}       dz_t = f'(z_t) * dh_t      `reverse_scan`, reverse
+
+Only the product with W_h is sequential. Every other product is taken for all steps at once, outside
+the loops. Where `mask` is False the state, or the gradient, passes the step unchanged; where
+`reset` is True nothing passes from step t-1 to step t. Either is left out where it is None.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxrnn import checks
+from jaxrnn.activations import Activation
+from jaxrnn.batches import Batch, per_step, steps_shape, where_exists
+from jaxrnn.params import Params, at_least_float32
+
+Tree = TypeVar("Tree")
+
+
+class LoopConfig(NamedTuple):
+    """Scan unrolling and block length, per backend, as measured in experiments/README.md.
+
+    Attributes:
+      unroll: steps unrolled in a loop's body. A GPU idles between two iterations of a loop.
+      block_steps: steps whose products `bptt` takes together: few enough to stay in a CPU's cache,
+        enough to fill a GPU.
+    """
+
+    unroll: int
+    block_steps: int
+
+
+def loop_config() -> LoopConfig:
+    """The configuration for the default backend."""
+    return LoopConfig(8, 128) if jax.default_backend() == "gpu" else LoopConfig(1, 32)
+
+
+def input_product(params: Params, xs: Array) -> Array:
+    """W_x x + b_h, for one step or for all at once. A token x selects a column of W_x."""
+    if checks.is_integer(xs):
+        return add_bias(params.W_x.T[xs], params.b_h)
+    return add_bias(xs.astype(params.W_x.dtype) @ params.W_x.T, params.b_h)
+
+
+def readout(params: Params, hs: Array) -> Array:
+    """The outputs before g, for one step or for all at once.
+
+        y_t = W_y h_t + b_y
+
+    Args:
+      params: Params.
+      hs: (..., H), states in the parameters' dtype.
+
+    Returns:
+      (..., O).
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> readout(params, jnp.ones((7, 4, 5))).shape
+    (7, 4, 2)
+    """
+    return add_bias(hs @ params.W_y.T, params.b_y)
+
+
+def add_bias(products: Array, b: Array) -> Array:
+    """products + b, added in float32 at least, because autodiff sums db in that dtype."""
+    dtype = at_least_float32(b.dtype)
+    return (products.astype(dtype) + b.astype(dtype)).astype(b.dtype)
+
+
+def hold(mask: Array | None, h_new: Array, h: Array) -> Array:
+    """h_new where the step exists, else h."""
+    return h_new if mask is None else jnp.where(per_step(mask, h), h_new, h)
+
+
+def unless_reset(reset: Array | None, h: Array) -> Array:
+    """h, or zeros where a reset comes before the step that reads it."""
+    return h if reset is None else jnp.where(per_step(reset, h), jnp.zeros_like(h), h)
+
+
+def previous(hs: Array, h_0: Array, reset: Array | None) -> Array:
+    """h_{t-1} as step t reads it: the states shifted by one step, zeros after a reset."""
+    return unless_reset(reset, jnp.concatenate([h_0[None], hs[:-1]])[: hs.shape[0]])
+
+
+def initial_state(params: Params, xs: Array, h_0: Array | None) -> Array:
+    """h_0 in the parameters' dtype; zeros if None."""
+    shape = (*steps_shape(xs)[1:], params.W_h.shape[0])
+    h_0 = jnp.zeros(shape, params.W_h.dtype) if h_0 is None else h_0.astype(params.W_h.dtype)
+    return match_varying_axes(match_varying_axes(h_0, xs), params.W_h)
+
+
+def match_varying_axes(tree: Tree, like: Array) -> Tree:
+    """The same values; inside `shard_map`, marked as varying over the mesh axes of `like`.
+
+    The carry of a scan must vary from the start as it does after the first step. The result of a
+    `where` varies as its arguments do, in every version of JAX; XLA removes it.
+    """
+    unread = lax.stop_gradient(like).sum()
+    return jax.tree.map(lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree)
+
+
+def recur(
+    activation: Activation,
+    W_h: Array,
+    zs_x: Array,
+    h_0: Array,
+    mask: Array | None,
+    reset: Array | None,
+) -> Array:
+    """The forward loop: h_t = f(z_t) with z_t = W_x x_t + b_h + W_h h_{t-1}.
+
+    Args:
+      activation: f.
+      W_h: (H, H).
+      zs_x: W_x x_t + b_h, (T, *batch, H).
+      h_0: (*batch, H).
+      mask: (T, *batch) bool or None.
+      reset: (T, *batch) bool or None.
+
+    Returns:
+      h_t after each step, (T, *batch, H), held where the mask is False.
+    """
+
+    def body(h: Array, inputs: Any) -> tuple[Array, Array]:
+        z_x, valid, reset_t = inputs
+        z = z_x + unless_reset(reset_t, h) @ W_h.T  # z_t = W_x x_t + b_h + W_h h_{t-1}
+        h = hold(valid, activation.f(z), h)  # h_t = f(z_t)
+        return h, h
+
+    return lax.scan(body, h_0, (zs_x, mask, reset), unroll=loop_config().unroll)[1]
+
+
+def reverse_scan(
+    W_h: Array,
+    dh_next: Array,
+    dhs_y: Array,
+    f_primes: Array,
+    mask: Array | None,
+    reset: Array | None,
+) -> tuple[Array, tuple[Array, Array]]:
+    """The reverse loop: dh_t = W_y^T dy_t + W_h^T dz_{t+1} and dz_t = f'(z_t) * dh_t.
+
+    Args:
+      W_h: (H, H).
+      dh_next: W_h^T dz_{T+1}, (*batch, H).
+      dhs_y: W_y^T dy_t, (T, *batch, H).
+      f_primes: f'(z_t), (T, *batch, H).
+      mask: (T, *batch) bool or None.
+      reset: (T, *batch) bool or None.
+
+    Returns:
+      W_h^T dz_1 (*batch, H), and (dhs, dzs), each (T, *batch, H). XLA removes the one not used.
+    """
+
+    def body(dh_next: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
+        dh_y, f_prime, valid, reset_t = inputs
+        dh = dh_y + dh_next  # dh_t = W_y^T dy_t + W_h^T dz_{t+1}
+        dz = where_exists(valid, f_prime * dh)  # dz_t = f'(z_t) * dh_t
+        dh_next = hold(valid, unless_reset(reset_t, dz @ W_h), dh_next)  # W_h^T dz_t
+        return dh_next, (dh, dz)
+
+    inputs = dhs_y, f_primes, mask, reset
+    return lax.scan(body, dh_next, inputs, reverse=True, unroll=loop_config().unroll)
+
+
+hoisted_recur = jax.custom_jvp(recur, nondiff_argnums=(0,))
+"""`recur` with a derivative rule that takes the weight gradient out of the loop over time."""
+
+
+@hoisted_recur.defjvp
+def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """h_dot_t = f'(z_t) * (z_dot_t + W_h_dot h_{t-1} + W_h h_dot_{t-1}).
+
+    W_h_dot h_{t-1} is one product for all steps, outside the loop. Its transpose is the one
+    contraction over all steps that gives dL/dW_h; autodiff of the scan itself adds an outer product
+    to an (H, H) carry at each step. The rule is ordinary JAX, so forward mode, vmap and higher
+    derivatives follow from it.
+    """
+    W_h, zs_x, h_0, mask, reset = primals
+    W_h_dot, zs_dot, h_0_dot, _, _ = tangents
+    hs = hoisted_recur(activation, W_h, zs_x, h_0, mask, reset)
+    zs_dot = zs_dot + previous(hs, h_0, reset) @ W_h_dot.T
+
+    def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
+        z_dot, f_prime, valid, reset_t = inputs
+        z_dot = z_dot + unless_reset(reset_t, h_dot) @ W_h.T
+        h_dot = hold(valid, f_prime * z_dot, h_dot)
+        return h_dot, h_dot
+
+    inputs = zs_dot, activation.df(hs), mask, reset
+    return hs, lax.scan(body, h_0_dot, inputs, unroll=loop_config().unroll)[1]
+
+
+def scan_blocks(
+    body: Callable[[Any, Batch, Any], tuple[Any, Any]],
+    carry: Any,
+    batch: Batch,
+    block_steps: int,
+    saved: tuple[Any, Any] = (None, None),
+    *,
+    reverse: bool = False,
+) -> tuple[Any, tuple[Any, Any]]:
+    """A scan over blocks of time: `carry, out = body(carry, block, saved_for_block)` for each.
+
+    Args:
+      body: applied to one block after the other, from the last to the first if `reverse`.
+      carry: what passes from block to block.
+      batch: Batch of T steps.
+      block_steps: K. The first T // K blocks have K steps; a shorter tail follows if T % K > 0.
+      saved: what an earlier call over the same blocks returned as its outputs.
+      reverse: from the last block to the first.
+
+    Returns:
+      The last carry, and the outputs: those of the blocks of K steps stacked, and that of the tail.
+    """
+    K, T = block_steps, batch.xs.shape[0]
+    saved_blocks, saved_tail = saved
+
+    def scan(carry: Any) -> tuple[Any, Any]:
+        def scan_body(carry: Any, inputs: Any) -> tuple[Any, Any]:
+            k, saved_block = inputs
+            block = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, k * K, K), batch)
+            return body(carry, block, saved_block)
+
+        return lax.scan(scan_body, carry, (jnp.arange(T // K), saved_blocks), reverse=reverse)
+
+    if T % K == 0:
+        carry, blocks = scan(carry)
+        return carry, (blocks, None)
+    tail = jax.tree.map(lambda leaf: leaf[T // K * K :], batch)
+    if reverse:
+        carry, last = body(carry, tail, saved_tail)
+        carry, blocks = scan(carry)
+    else:
+        carry, blocks = scan(carry)
+        carry, last = body(carry, tail, saved_tail)
+    return carry, (blocks, last)

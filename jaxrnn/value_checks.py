@@ -1,0 +1,100 @@
+"""Checks of values, made on the host, once, before any `jit`."""
+
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrnn import checks
+from jaxrnn.batches import Batch, check_batch, steps_shape
+from jaxrnn.gradients import PyTree
+from jaxrnn.params import Params, check_params
+
+
+def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
+    """Checks on the host what only values show. Call it once on data, before any `jit`.
+
+    JAX clamps an index past the end, a wrong label gives a finite, wrong gradient, and 64-bit
+    numbers become 32-bit ones, all silently. Steps that the mask excludes are not checked.
+
+    Args:
+      params: Params, whose sizes give the number of tokens and labels; of other pytrees only the
+        values are checked.
+      batch: Batch of concrete arrays, of NumPy or JAX.
+      h_0: (*batch, H), the initial state; None for zeros.
+
+    Raises:
+      TypeError: a mask or reset is not bool, or targets or weights are not numbers.
+      ValueError: shapes do not fit; tokens lie outside [0, I) or integer labels outside [0, O);
+        parameters, states, inputs, targets or weights are not finite; a weight is negative; a
+        64-bit value does not fit 32 bits. The message names the first such place.
+
+    Warns:
+      UserWarning: JAX rounds float64 values to float32.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
+    >>> check_values(params, jaxrnn.Batch(jnp.array([0, 2]), jnp.array([0, 2])))
+    Traceback (most recent call last):
+    ValueError: targets: expected integers in [0, 2) (O labels), got 2 at (1,); 1 of 2 are outside
+    """
+    network = params if isinstance(params, Params) else None
+    if network is None:
+        checks.check_float_tree("params", params)
+    else:
+        check_params(network)
+    check_batch(network, batch, h_0)
+    for name, tree in (("params", params), ("h_0", h_0)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            _check_numbers(name + jax.tree_util.keystr(path), np.asarray(leaf))
+
+    shape = steps_shape(batch.xs)
+    mask = np.ones(shape, bool) if batch.mask is None else np.asarray(batch.mask)
+    for name in ("xs", "targets", "weights"):
+        if getattr(batch, name) is None:
+            continue
+        values = np.asarray(getattr(batch, name))
+        if checks.is_integer(values) and values.ndim == len(shape):
+            if network is not None:
+                tokens = name == "xs"
+                size = network.W_x.shape[1] if tokens else network.W_y.shape[0]
+                checks.check_range(name, values, mask, size, "I tokens" if tokens else "O labels")
+        else:
+            valid = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+            _check_numbers(name, values, valid, " where the mask is True")
+    if batch.weights is not None and (np.asarray(batch.weights).astype(float) < 0)[mask].any():
+        raise ValueError(f"weights: expected none below 0, got {np.asarray(batch.weights).min()}")
+
+
+def _check_numbers(name: str, values: np.ndarray, valid: Any = True, where: str = "") -> None:
+    _check_finite(name, values, valid, where)
+    _check_narrowing(name, values, valid)
+
+
+def _check_finite(name: str, values: np.ndarray, valid: Any, where: str) -> None:
+    wrong = np.argwhere(~np.isfinite(values.astype(np.float64)) & valid)
+    if len(wrong):
+        first = tuple(int(i) for i in wrong[0])
+        raise ValueError(
+            f"{name}: expected finite numbers{where}, got {values[first]} at {first}; "
+            f"{len(wrong)} of {values.size} are not finite"
+        )
+
+
+@np.errstate(over="ignore")
+def _check_narrowing(name: str, values: np.ndarray, valid: Any) -> None:
+    """Without x64, JAX silently converts 64-bit numbers to 32-bit ones."""
+    narrow = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
+    changed = np.argwhere((narrow.astype(values.dtype) != values) & valid)
+    if not len(changed):
+        return
+    first = tuple(int(i) for i in changed[0])
+    message = (
+        f"{name}: expected values that fit {narrow.dtype}, to which JAX converts {values.dtype}, "
+        f"got {values[first].item()} at {first}, which becomes {narrow[first].item()}; "
+        f"{len(changed)} of {values.size} change"
+    )
+    if checks.is_integer(narrow) or not np.isfinite(narrow[tuple(changed.T)]).all():
+        raise ValueError(message)
+    warnings.warn(f"{message}. Convert with .astype({narrow.dtype}) to accept it", stacklevel=4)
