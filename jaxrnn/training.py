@@ -213,15 +213,21 @@ def _check_resume(resume: Any, initial: Fit, patience: int, tolerance: float) ->
     if not isinstance(resume, Fit):
         raise TypeError(f"resume: expected a Fit or None, got {type(resume).__name__}")
 
-    def kind(leaf: Array) -> str:
-        return f"{leaf.dtype}{list(leaf.shape)}"
-
-    expected, got = (jax.tree.map(kind, (each.state, each.best)) for each in (initial, resume))
-    if expected != got:
-        raise ValueError(
-            f"resume: expected the state of these params, optimizer, h_0 and gradient_key, "
-            f"{expected}, got {got}"
-        )
+    expected, got = (_kinds({"state": f.state, "best": f.best}) for f in (initial, resume))
+    for name in expected | got:
+        if expected.get(name) != got.get(name):
+            raise ValueError(
+                f"resume: expected {expected.get(name, 'nothing')} at {name}, as params, optimizer, "
+                f"h_0 and gradient_key give, got {got.get(name, 'nothing')}"
+            )
     history = tuple(resume.history)
     state, best = jax.tree.map(jnp.asarray, (resume.state, resume.best))
     return Fit(state, best, history, _epochs_without_improvement(history, tolerance) >= patience)
+
+
+def _kinds(tree: PyTree) -> dict[str, str]:
+    """The dtype and shape of each leaf, by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }

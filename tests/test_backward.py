@@ -75,7 +75,8 @@ def with_fault(modules, right, wrong):
 FAULTS = {
     "f' forgotten": ("f_prime * dh)", "dh)"),
     "f' forgotten in what flows back, as in the outline": ("dz @ W_h", "dh @ W_h"),
-    "f' of the step before": ("W_y, activation.df(hs)", "W_y, activation.df(previous(hs, h_0, None))"),
+    "f' of the step before": ("W_y, activation.df(hs)",
+                              "W_y, activation.df(previous(hs, h_0, None))"),
     "W_h transposed": ("dz @ W_h", "dz @ W_h.T"),
     "W_y transposed": ("dys @ params.W_y,", "dys @ params.W_y.T,"),
     "dW_h transposed": ("outer_sum(dzs, previous(hs, h_0, block.reset), dtype)",

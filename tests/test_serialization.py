@@ -60,7 +60,7 @@ def test_so_does_float64(tmp_path):
 @pytest.mark.parametrize(
     ("like", "message"),
     [
-        ({"a": np.zeros(2, np.float32)}, "b: expected no such array, got one"),
+        ({"a": np.zeros(2, np.float32)}, "b: expected no array of that name, got one"),
         (
             {"a": np.zeros(2, np.float32), "c": np.zeros(2)},
             r"c: expected an array .* got \['a', 'b'",
@@ -107,9 +107,9 @@ def test_every_step_of_sixty_can_be_the_last_before_a_restart(params, tmp_path):
     save(state)
     end, losses = go_on(state, 60, save)
     expected = bits(end)
-    assert checkpoints.steps(tmp_path) == list(range(61))
+    assert checkpoints.saved_steps(tmp_path) == list(range(61))
     for step in range(61):
-        found = checkpoints.load(checkpoints.file_of(tmp_path, step))
+        found = checkpoints.load(checkpoints.checkpoint_path(tmp_path, step))
         resumed, rest = go_on(from_arrays(new(), found.arrays), 60)
         assert bits(resumed) == expected
         assert rest == losses[step:]
@@ -148,11 +148,15 @@ def test_fit_refuses_a_checkpoint_of_another_network(params, tmp_path):
     larger = jaxrnn.init(jax.random.key(0), 3, 6, 2)
     with pytest.raises(CheckpointError, match=r"0.params.W_x: expected float32 of shape \(6, 3\)"):
         jaxrnn.load_fit(tmp_path, larger, rule)
-    with pytest.raises(
-        ValueError, match=r"resume: expected the state of these .*W_x=\(6, 3\).*5, 3"
-    ):
+    message = r"resume: expected float32\[6, 3\] at state.params.W_x, .* got float32\[5, 3\]"
+    with pytest.raises(ValueError, match=message):
         run(params=larger, resume=result)
-    with pytest.raises(ValueError, match=r"resume: expected the state of .*mu=Params.*, got "):
+    with pytest.raises(ValueError, match=r"resume: expected int32\[\] at state.opt.*, got nothing"):
         run(params=params, resume=result, optimizer=ADAM)
+    half = result._replace(best=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), result.best))
+    with pytest.raises(
+        ValueError, match=r"resume: expected float32\[5, 3\] at best.W_x, .*bfloat16"
+    ):
+        run(params=params, resume=half)
     with pytest.raises(TypeError, match="resume: expected a Fit or None, got tuple"):
         run(params=params, resume=(result.state, result.best))
