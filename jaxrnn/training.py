@@ -215,10 +215,11 @@ def _check_resume(resume: Any, initial: Fit, patience: int, tolerance: float) ->
 
     expected, got = (_kinds({"state": f.state, "best": f.best}) for f in (initial, resume))
     for name in expected | got:
-        if expected.get(name) != got.get(name):
+        kinds = expected.get(name, "nothing"), got.get(name, "nothing")
+        if kinds[0] != kinds[1]:
             raise ValueError(
-                f"resume: expected {expected.get(name, 'nothing')} at {name}, as params, optimizer, "
-                f"h_0 and gradient_key give, got {got.get(name, 'nothing')}"
+                f"resume: expected {kinds[0]} at {name}, as params, optimizer, h_0 and "
+                f"gradient_key give, got {kinds[1]}"
             )
     history = tuple(resume.history)
     state, best = jax.tree.map(jnp.asarray, (resume.state, resume.best))

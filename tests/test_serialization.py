@@ -148,7 +148,7 @@ def test_fit_refuses_a_checkpoint_of_another_network(params, tmp_path):
     larger = jaxrnn.init(jax.random.key(0), 3, 6, 2)
     with pytest.raises(CheckpointError, match=r"0.params.W_x: expected float32 of shape \(6, 3\)"):
         jaxrnn.load_fit(tmp_path, larger, rule)
-    message = r"resume: expected float32\[6, 3\] at state.params.W_x, .* got float32\[5, 3\]"
+    message = r"resume: expected float32\[6, 3\] at best.W_x, .* got float32\[5, 3\]"
     with pytest.raises(ValueError, match=message):
         run(params=larger, resume=result)
     with pytest.raises(ValueError, match=r"resume: expected int32\[\] at state.opt.*, got nothing"):
