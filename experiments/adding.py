@@ -2,7 +2,7 @@
 
 The sum of the two marked numbers of T, one in each half (Hochreiter and Schmidhuber 1997, task 4,
 as Le, Jaitly and Hinton 2015 have it); wrong is more than 0.2 off. The ways to train are those of
-lags.
+long_lag_tasks.
 
     python -m experiments.adding --out runs/adding
 """
@@ -15,22 +15,23 @@ import jax
 import jax.numpy as jnp
 
 import jaxrnn
-from experiments import lags, runs
+from experiments import cli, long_lag_tasks
+from experiments.long_lag_tasks import SMOKE, Task, compare, last_step
 from jaxrnn import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lags.Config):
+class Config(long_lag_tasks.Config):
     """Success rates in adding against T, for four ways to train."""
 
     lengths: tuple[int, ...] = (50, 150)
-    """T of the problem."""
+    """Sequence lengths T."""
     updates: int = 9_000
-    """Updates at most, at each T."""
+    """Maximal number of updates at each T."""
     hidden_size: int = 100
     """Hidden units, H."""
     out: Path = Path("runs/adding")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
 
 
 def adding_batch(key, T: int, B: int) -> Batch:
@@ -43,10 +44,10 @@ def adding_batch(key, T: int, B: int) -> Batch:
     marks = jnp.zeros((T, B)).at[first, sequence].set(1).at[second, sequence].set(1)
     sums = (numbers * marks).sum(axis=0)
     xs = jnp.stack([numbers, marks], axis=-1)
-    return Batch(xs, jnp.broadcast_to(sums[:, None], (T, B, 1)), weights=lags.last_step(T, B))
+    return Batch(xs, jnp.broadcast_to(sums[:, None], (T, B, 1)), weights=last_step(T, B))
 
 
-TASK = lags.Task(
+TASK = Task(
     "adding", adding_batch, 2, 1, jaxrnn.squared_error,
     wrong=lambda y, target: ~(jnp.abs(y - target)[:, 0] <= 0.2),  # NaN is wrong
     published="identity ReLU",
@@ -55,7 +56,7 @@ TASK = lags.Task(
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: lags.compare(runs.parse(Config, arguments, lags.SMOKE), TASK))
+    return cli.exit_status(lambda: compare(cli.parse(Config, arguments, SMOKE), TASK))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import runs
+from experiments import cli
 from jaxrnn import Batch, Params, forward
 
 matplotlib.use("Agg")
@@ -90,7 +90,10 @@ class Config:
     devices: int = 1
     """CPU devices over which one more row splits the batch."""
     out: Path = Path("runs/benchmark")
-    """The folder for benchmark.jsonl and benchmark.png."""
+    """Folder for benchmark.jsonl and benchmark.png."""
+
+    def __post_init__(self):
+        cli.expect_at_least(1, self, "repeats", "devices")
 
 
 Gradient = Callable[[Params, Batch], tuple[Any, Params]]
@@ -403,7 +406,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(config: Config) -> list[dict]:
-    runs.find_devices(config.devices)
+    cli.use_devices(config.devices)
     jax.config.update("jax_default_matmul_precision", config.precision)
     names = {"flax": "Flax", "haiku": "Haiku", "torch": "torch"}
     peers = {module: installed(module, name) for module, name in names.items()}
@@ -441,4 +444,4 @@ def main(config: Config) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(runs.exit_status(lambda: main(runs.parse(Config, None))))
+    sys.exit(cli.exit_status(lambda: main(cli.parse(Config, None))))

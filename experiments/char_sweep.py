@@ -30,7 +30,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import char_lm, runs
+from experiments import cli
+from experiments.char_data import endless_windows, read_text, split, streams
 from experiments.reports import Report, mean_and_spread
 from jaxrnn import Batch, Params
 
@@ -42,25 +43,34 @@ class Config:
     text: Path | None = None
     """A UTF-8 text file. By default CPython's own documentation, `pydoc_data.topics`."""
     characters: int = 1_000_000
-    """Characters that each network reads."""
+    """Training characters for each network."""
     windows: tuple[int, ...] = (16, 64, 256)
-    """Steps of backpropagation through time, T; the middle one for the hidden sizes."""
+    """Steps of backpropagation through time, T; hidden sizes are compared at the middle one."""
     hidden_sizes: tuple[int, ...] = (128, 256, 512)
-    """Hidden units, H; the middle one for the windows."""
+    """Hidden units, H; windows are compared at the middle one."""
     batch_size: int = 32
-    """Parallel streams that the text is laid out in, B."""
+    """Parallel streams of text, B."""
     learning_rate: float = 2e-3
-    """Of Adam, after the gradient's norm is clipped at 1."""
+    """Learning rate of Adam; the gradient's norm is clipped at 1."""
     checks: int = 5
-    """How often, evenly, the held-out text is read."""
+    """Number of evenly spaced evaluations on held-out text."""
     seeds: int = 3
-    """Networks, one after the other, for their time is measured."""
+    """Number of networks, trained in sequence because their time is measured."""
     seed: int = 0
-    """The first of them."""
+    """The first seed."""
     out: Path = Path("runs/char_sweep")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
+    overwrite: bool = False
+    """Discard the run that `out` holds."""
     smoke: bool = False
-    """Sizes that take seconds, to see that everything runs."""
+    """Use sizes that run in seconds, to check that everything works."""
+
+    def __post_init__(self):
+        cli.expect_values(self, "windows", "hidden_sizes")
+        counts = ("characters", "windows", "hidden_sizes", "batch_size", "checks", "seeds")
+        cli.expect_at_least(1, self, *counts)
+        cli.expect_positive(self, "learning_rate")
+        cli.expect_seed(self)
 
 
 SMOKE = {
@@ -119,7 +129,7 @@ def train_jaxrnn(
     state = jaxrnn.init_state(params, optimizer, h=zeros if carry else None)
     updates = updates_of(config, setting)
     seconds, start = 0.0, time.perf_counter()
-    batches = char_lm.endless(stream, T, seen=0)
+    batches = endless_windows(stream, T, seen=0)
     for done, (anew, batch) in zip(range(1, updates + 1), batches, strict=False):
         if anew and carry:
             state = state._replace(h=jnp.zeros_like(zeros))
@@ -161,7 +171,7 @@ def train_torch(config: Config, setting: Setting, weights, stream: Batch, valid:
 
     updates = updates_of(config, setting)
     seconds, start, h = 0.0, time.perf_counter(), None
-    batches = char_lm.endless(stream, T, seen=0)
+    batches = endless_windows(stream, T, seen=0)
     for done, (anew, batch) in zip(range(1, updates + 1), batches, strict=False):
         optimizer.zero_grad()
         value, h = loss_and_state(batch, None if anew or not carry else h)
@@ -237,11 +247,9 @@ def in_words(rows: list[dict], config: Config) -> str:
 
 def main(config: Config) -> dict:
     report = Report(config)
-    laid_out = char_lm.Config(
-        text=config.text, batch_size=config.batch_size, window=max(config.windows)
-    )
-    vocabulary, parts = char_lm.split(char_lm.read_text(config.text), laid_out)
-    train, valid, _ = (char_lm.streams(part, config.batch_size) for part in parts)
+    text, batch_size = read_text(config.text), config.batch_size
+    vocabulary, parts = split(text, config.text, batch_size, max(config.windows))
+    train, valid, _ = (streams(part, batch_size) for part in parts)
     V = len(vocabulary)
     todo = [("jaxrnn", setting) for setting in settings(config)]
     if importlib.util.find_spec("torch"):
@@ -270,7 +278,7 @@ def main(config: Config) -> dict:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
 
 
 if __name__ == "__main__":

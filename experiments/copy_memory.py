@@ -30,9 +30,9 @@ from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import runs
+from experiments import cli
+from experiments.multi_seed import share_out, use_all_cores
 from experiments.reports import Report, finite, mean_and_spread
-from experiments.seeds import share_out, use_all_cores
 from jaxrnn import Activation, Batch
 from jaxrnn.params import Initializer
 
@@ -44,33 +44,43 @@ class Config:
     """The loss in the copy memory task against T, beside that of an answer without memory."""
 
     lengths: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50, 100)
-    """T: a sequence has T + 20 steps."""
+    """Delays T; a sequence has T + 20 steps."""
     updates: int = 5_000
     """Updates at each T."""
     check_every: int = 250
-    """Updates between two checks."""
+    """Updates between checks."""
     test_size: int = 500
-    """Fresh sequences at each check."""
+    """New test sequences at each check."""
     batch_size: int = 20
     """Sequences in an update, each of them new, B."""
     hidden_size: int = 128
     """Hidden units, H."""
     learning_rate: float = 1e-3
-    """Of Adam, for tanh."""
+    """Learning rate of Adam for tanh."""
     identity_learning_rate: float = 1e-3
-    """Of Adam, for the identity ReLU."""
+    """Learning rate of Adam for the identity ReLU."""
     clip: float = 1.0
-    """The threshold for the gradient's norm."""
+    """Threshold of the gradient's norm."""
     methods: tuple[Name, ...] = get_args(Name)
-    """How W_h starts, and f."""
+    """Initialisation of W_h, and f."""
     seeds: int = 4
-    """Networks, trained at once."""
+    """Number of networks, trained in parallel."""
     seed: int = 0
-    """Of everything."""
+    """Seed of all random numbers."""
     out: Path = Path("runs/copy_memory")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
+    overwrite: bool = False
+    """Discard the run that `out` holds."""
     smoke: bool = False
-    """Sizes that take seconds, to see that everything runs."""
+    """Use sizes that run in seconds, to check that everything works."""
+
+    def __post_init__(self):
+        cli.expect_values(self, "lengths", "methods")
+        counts = ("lengths", "updates", "check_every", "test_size", "batch_size", "hidden_size")
+        cli.expect_at_least(1, self, *counts, "seeds")
+        cli.expect_positive(self, "learning_rate", "identity_learning_rate", "clip")
+        cli.expect_multiple(self, "updates", of="check_every")
+        cli.expect_seed(self)
 
 
 SMOKE = {
@@ -226,7 +236,7 @@ def ours(config: Config, rows: list[dict]) -> str:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import runs
+from experiments import cli
+from experiments.multi_seed import share_out, use_all_cores
 from experiments.reports import Report, finite, mean_and_spread
-from experiments.seeds import share_out, use_all_cores
 from experiments.temporal_order import order_batch
 from jaxrnn import Activation, Batch, Params
 
@@ -45,33 +45,44 @@ class Config:
     trained_radii: tuple[float, ...] = (0.5, 1.0, 1.5)
     """Spectral radii to train from."""
     clips: tuple[float | None, ...] = (0.01, 0.03, 0.1, 1.0, 10.0, 100.0, None)
-    """Thresholds for the gradient's norm; None is no clipping."""
+    """Thresholds of the gradient's norm; None is no clipping."""
     clip: float = 1.0
-    """The threshold where the radius is varied."""
+    """Threshold while the radius varies."""
     clipped_radius: float = 1.5
-    """The spectral radius where the threshold is varied."""
+    """Spectral radius while the threshold varies."""
     length: int = 20
-    """Steps of the temporal order problem, T."""
+    """Sequence length T of the temporal order problem."""
     updates: int = 2_500
     """Updates of each network."""
     check_every: int = 125
-    """Updates between two checks."""
+    """Updates between checks."""
     test_size: int = 200
-    """Sequences to measure on, which no update sees."""
+    """Held-out sequences to measure on."""
     batch_size: int = 20
     """Sequences in an update, each of them new, B."""
     hidden_size: int = 50
     """Hidden units, H."""
     learning_rate: float = 0.1
-    """Of gradient descent: high, so that without clipping it explodes at times."""
+    """Learning rate of gradient descent, so high that it sometimes explodes without clipping."""
     seeds: int = 6
-    """Networks for each setting."""
+    """Number of networks for each setting."""
     seed: int = 0
-    """Of everything."""
+    """Seed of all random numbers."""
     out: Path = Path("runs/gradient_flow")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
+    overwrite: bool = False
+    """Discard the run that `out` holds."""
     smoke: bool = False
-    """Sizes that take seconds, to see that everything runs."""
+    """Use sizes that run in seconds, to check that everything works."""
+
+    def __post_init__(self):
+        cli.expect_values(self, "radii", "trained_radii", "clips")
+        counts = ("length", "updates", "check_every", "test_size", "batch_size", "hidden_size")
+        cli.expect_at_least(1, self, *counts, "seeds")
+        cli.expect_positive(self, "radii", "trained_radii", "clipped_radius")
+        cli.expect_positive(self, "clips", "clip", "learning_rate")
+        cli.expect_multiple(self, "updates", of="check_every")
+        cli.expect_seed(self)
 
 
 SMOKE = {"clips": (1.0, None), "length": 10, "updates": 4, "check_every": 2, "seeds": 2}
@@ -241,7 +252,7 @@ def main(config: Config) -> dict:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
 
 
 if __name__ == "__main__":

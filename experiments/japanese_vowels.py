@@ -34,10 +34,10 @@ from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import runs
+from experiments import cli
+from experiments.cli import InputError
+from experiments.multi_seed import share_out, use_all_cores
 from experiments.reports import Report, mean_and_spread
-from experiments.runs import InputError
-from experiments.seeds import share_out, use_all_cores
 from jaxrnn import Batch, Params, cross_entropy
 
 
@@ -52,23 +52,31 @@ class Config:
     batch_size: int = 30
     """Utterances in an update, B."""
     learning_rate: float = 2e-3
-    """Of AdamW at the start; it falls to zero along half a cosine."""
+    """Initial learning rate of AdamW; it decays to zero along half a cosine."""
     weight_decay: float = 0.1
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     clip: float = 1.0
-    """The threshold for the gradient's norm."""
+    """Threshold of the gradient's norm."""
     noise: float = 0.3
-    """The standard deviation of the noise on inputs in training; that of the inputs is 1."""
+    """Standard deviation of the input noise in training; that of the inputs is 1."""
     folds: int = 0
-    """Cross-validate the training utterances in so many folds; 0 tests on the test set."""
+    """Folds to cross-validate the training utterances in; 0 uses the test set."""
     seeds: int = 10
-    """Networks, trained at once."""
+    """Number of networks, trained in parallel."""
     seed: int = 0
-    """Of everything."""
+    """Seed of all random numbers."""
     out: Path = Path("runs/japanese_vowels")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
+    overwrite: bool = False
+    """Discard the run that `out` holds."""
     smoke: bool = False
-    """Sizes that take seconds, to see that everything runs."""
+    """Use sizes that run in seconds, to check that everything works."""
+
+    def __post_init__(self):
+        cli.expect_at_least(1, self, "hidden_size", "epochs", "batch_size", "seeds")
+        cli.expect_at_least(0, self, "folds", "weight_decay", "noise")
+        cli.expect_positive(self, "learning_rate", "clip")
+        cli.expect_seed(self)
 
 
 SMOKE = {"hidden_size": 4, "epochs": 2, "seeds": 2}
@@ -242,7 +250,7 @@ def main(config: Config) -> dict:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from jax import Array, lax
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import runs
+from experiments import cli
+from experiments.cli import InputError
+from experiments.multi_seed import share_out, use_all_cores
 from experiments.reports import Report, mean_and_spread
-from experiments.runs import InputError
-from experiments.seeds import share_out, use_all_cores
 from jaxrnn import Activation, Params, cross_entropy
 from jaxrnn.params import Initializer
 
@@ -47,31 +47,41 @@ class Config:
     """Test accuracy on MNIST-1D and its shuffled control, for three starts and two readouts."""
 
     starts: tuple[Name, ...] = get_args(Name)
-    """How W_h starts, and f."""
+    """Initialisations of W_h, and f."""
     hidden_size: int = 64
-    """Hidden units, H; half of them in each direction where there are two."""
+    """Hidden units, H, split evenly between directions if there are two."""
     epochs: int = 40
     """Passes over the training curves."""
     batch_size: int = 50
     """Curves in an update, B."""
     learning_rate: float = 2e-3
-    """Of AdamW at the start; it falls to zero along half a cosine."""
+    """Initial learning rate of AdamW; it decays to zero along half a cosine."""
     weight_decay: float = 0.01
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     clip: float = 0.3
-    """The threshold for the gradient's norm."""
+    """Threshold of the gradient's norm."""
     dropout: float = 0.5
-    """The share of hidden units left out in training where all steps are read out."""
+    """Share of hidden units dropped in training if all steps are read out."""
     validate: bool = False
-    """Test on the last 500 training curves, not trained on then: so settings were chosen."""
+    """Hold out the last 500 training curves and test on them, as settings were chosen."""
     seeds: int = 6
-    """Networks, trained at once."""
+    """Number of networks, trained in parallel."""
     seed: int = 0
-    """Of everything but the data."""
+    """Seed of all random numbers but the data."""
     out: Path = Path("runs/mnist_1d")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
+    overwrite: bool = False
+    """Discard the run that `out` holds."""
     smoke: bool = False
-    """Sizes that take seconds, to see that everything runs."""
+    """Use sizes that run in seconds, to check that everything works."""
+
+    def __post_init__(self):
+        cli.expect_values(self, "starts")
+        cli.expect_at_least(1, self, "hidden_size", "epochs", "batch_size", "seeds")
+        cli.expect_at_least(0, self, "weight_decay")
+        cli.expect_positive(self, "learning_rate", "clip")
+        cli.expect_share(self, "dropout")
+        cli.expect_seed(self)
 
 
 SMOKE = {"starts": ("identity ReLU",), "hidden_size": 4, "epochs": 1, "seeds": 2}
@@ -248,7 +258,7 @@ def main(config: Config) -> dict:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
 
 
 if __name__ == "__main__":

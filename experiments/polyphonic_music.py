@@ -35,11 +35,11 @@ from scipy.io.matlab import MatReadError
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import runs
+from experiments import cli
+from experiments.cli import InputError
+from experiments.multi_seed import share_out, use_all_cores
 from experiments.regularizer import regularizer
 from experiments.reports import Report, finite, mean_and_spread
-from experiments.runs import InputError
-from experiments.seeds import share_out, use_all_cores
 from jaxrnn import Activation, Batch, Params, binary_cross_entropy, relu, tanh
 
 ACTIVATIONS = {"tanh": tanh, "relu": relu}
@@ -53,37 +53,45 @@ class Config:
     data: Path | None = None
     """A .mat file of piano rolls, with traindata, validdata and testdata."""
     epochs: int = 20
-    """Times that the training pieces are read."""
+    """Passes over the training pieces."""
     activation: Literal["tanh", "relu"] = "relu"
-    """f."""
+    """Activation f."""
     hidden_size: int = 467
-    """Hidden units, H; 467 are 300,000 parameters, as published for JSB."""
+    """Hidden units, H; 467 give 300,000 parameters, as published for JSB."""
     radius: float = 0.25
-    """W_h starts as an orthogonal matrix times this: its spectral radius."""
+    """Initial spectral radius of W_h, a scaled orthogonal matrix."""
     batch_size: int = 4
-    """Parallel streams that the pieces are laid out in, B."""
+    """Parallel streams of pieces, B."""
     window: int = 16
     """Steps of backpropagation through time, T."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or gradient descent with momentum 0.9."""
     learning_rates: tuple[float, float, float] = (0.002, 0.002, 0.002)
-    """Of the three columns, at the start; they fall to zero along half a cosine."""
+    """Initial learning rates of the three columns; they decay to zero along half a cosine."""
     clip: float = 0.5
-    """The threshold for the gradient's norm."""
+    """Threshold of the gradient's norm."""
     regularizer: float = 0.1
-    """The weight of the regulariser."""
+    """Weight of the regulariser."""
     dropout: float = 0.2
-    """The share of input notes left out in training."""
+    """Share of input notes dropped in training."""
     published: tuple[float, ...] = ()
-    """Figures to draw as lines beside ours."""
+    """Published results, drawn as lines beside ours."""
     seeds: int = 4
-    """Networks, trained at once."""
+    """Number of networks, trained in parallel."""
     seed: int = 0
-    """Of everything."""
+    """Seed of all random numbers."""
     out: Path = Path("runs/polyphonic_music")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
+    overwrite: bool = False
+    """Discard the run that `out` holds."""
     smoke: bool = False
-    """Sizes that take seconds, to see that everything runs."""
+    """Use sizes that run in seconds, to check that everything works."""
+
+    def __post_init__(self):
+        cli.expect_at_least(1, self, "epochs", "hidden_size", "batch_size", "window", "seeds")
+        cli.expect_positive(self, "learning_rates", "radius", "clip")
+        cli.expect_share(self, "dropout")
+        cli.expect_seed(self)
 
 
 SMOKE = {"epochs": 2, "hidden_size": 4, "batch_size": 2, "window": 8, "seeds": 2}
@@ -276,7 +284,7 @@ def main(config: Config) -> dict:
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: main(runs.parse(Config, arguments, SMOKE)))
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
 
 
 if __name__ == "__main__":

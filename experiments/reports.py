@@ -1,4 +1,4 @@
-"""What an experiment leaves in its folder: JSON lines, a figure drawn from them, a summary."""
+"""The files of an experiment: JSON lines, a figure drawn from them, and a summary."""
 
 import dataclasses
 import datetime
@@ -10,46 +10,50 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from experiments import runs
-from experiments.runs import InputError
+from experiments import run_state
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
 class Report:
-    """The folder `out` of a run: metrics.jsonl as it goes, figure.png and summary.json at its end.
+    """The folder of an experiment: metrics.jsonl grows, figure.png and summary.json end it.
+
+    Args:
+      config: the experiment's settings, with `out`, its folder, and `overwrite`.
 
     Attributes:
-      rows: what metrics.jsonl holds, a dict a line.
+      rows: the lines of metrics.jsonl, a dict each.
+
+    Raises:
+      InputError: the folder cannot be created, or it holds a run and `overwrite` is not set.
     """
 
     def __init__(self, config):
         self.config, self.folder = config, config.out
         self.rows: list[dict] = []
         self._start = time.monotonic()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            why = error.strerror
-            raise InputError(f"{self.folder}: expected a folder to write to: {why}") from None
+        run_state.make_folder(self.folder)
+        if not config.overwrite:
+            run_state.check_no_run(
+                self.folder, ": --overwrite discards it, another --out leaves it as it is"
+            )
+        run_state.discard_run(self.folder)
         self._path = self.folder / "metrics.jsonl"
-        self._path.write_bytes(b"")
-        (self.folder / "summary.json").unlink(missing_ok=True)
 
     def log(self, **row) -> None:
-        """One line of metrics.jsonl."""
+        """Appends a line to metrics.jsonl."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.rows.append(row)
 
     def finish(self, ours: str, draw: Callable, **figures) -> dict:
-        """Draws the figure from the lines, writes the summary, prints what was found.
+        """Draws the figure from the lines, writes the summary and prints the result.
 
         Args:
-          ours: the result in words, as the table in experiments/README.md has it.
+          ours: the result in words, as in the table of experiments/README.md.
           draw: (rows) -> a matplotlib figure.
-          figures: what else the summary should hold.
+          figures: further numbers for the summary.
 
         Returns:
           The summary.
@@ -62,7 +66,7 @@ class Report:
         settings = {
             key: value.name if isinstance(value, Path) else value
             for key, value in dataclasses.asdict(self.config).items()
-            if key != "out"
+            if key not in ("out", "overwrite")
         }
         summary = {
             "ours": ours,
@@ -70,10 +74,10 @@ class Report:
             "settings": settings,
             "seconds": round(seconds, 1),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "versions": runs.versions(),
+            "versions": run_state.versions(),
         }
-        runs.write_whole(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print(f"{ours}\n{seconds:.0f} s; all of it is in {self.folder}")
+        run_state.write_json(self.folder / "summary.json", summary)
+        print(f"{ours}\n{seconds:.0f} s; results are in {self.folder}")
         return summary
 
 
@@ -88,7 +92,7 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def finite(values) -> list[float | None]:
-    """None where a network has diverged, for which JSON has no number.
+    """Replaces infinities and NaNs, which JSON cannot hold, by None.
 
     >>> finite([1.0, float("nan")])
     [1.0, None]

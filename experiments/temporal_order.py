@@ -2,7 +2,7 @@
 
 Two of T symbols matter, one at 10 to 20 % of the way and one at 50 to 60 %: which were they, in
 which order (Hochreiter and Schmidhuber 1997, task 6a, as Pascanu, Mikolov and Bengio 2013 have it)?
-The ways to train are those of lags.
+The ways to train are those of long_lag_tasks.
 
     python -m experiments.temporal_order --out runs/temporal_order
 """
@@ -15,22 +15,23 @@ import jax
 import jax.numpy as jnp
 
 import jaxrnn
-from experiments import lags, runs
+from experiments import cli, long_lag_tasks
+from experiments.long_lag_tasks import SMOKE, Task, compare, last_step
 from jaxrnn import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(lags.Config):
+class Config(long_lag_tasks.Config):
     """Success rates in temporal order against T, for four ways to train."""
 
     lengths: tuple[int, ...] = (50, 100, 200)
-    """T of the problem."""
+    """Sequence lengths T."""
     updates: int = 12_000
-    """Updates at most, at each T."""
+    """Maximal number of updates at each T."""
     hidden_size: int = 50
     """Hidden units, H."""
     out: Path = Path("runs/temporal_order")
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
 
 
 def order_batch(key, T: int, B: int) -> Batch:
@@ -43,10 +44,10 @@ def order_batch(key, T: int, B: int) -> Batch:
     sequence = jnp.arange(B)
     xs = xs.at[first, sequence].set(which[0]).at[second, sequence].set(which[1])
     targets = jnp.broadcast_to(which[0] + 2 * which[1], (T, B))
-    return Batch(xs, targets, weights=lags.last_step(T, B))
+    return Batch(xs, targets, weights=last_step(T, B))
 
 
-TASK = lags.Task(
+TASK = Task(
     "temporal order", order_batch, 6, 4, jaxrnn.cross_entropy,
     wrong=lambda y, target: y.argmax(axis=-1) != target,
     published="+ regulariser",
@@ -55,7 +56,7 @@ TASK = lags.Task(
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return runs.exit_status(lambda: lags.compare(runs.parse(Config, arguments, lags.SMOKE), TASK))
+    return cli.exit_status(lambda: compare(cli.parse(Config, arguments, SMOKE), TASK))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from experiments import adding, copy_memory, lags, runs, temporal_order
+from experiments import adding, cli, copy_memory, long_lag_tasks, run_state, temporal_order
 from experiments.regularizer import regularizer
 from experiments.reports import mean_and_spread
 from jaxrnn import Batch
@@ -51,44 +51,26 @@ def test_every_experiment_runs_small_and_leaves_its_files(name, tmp_path, music,
     assert summary["versions"]["jax"] == jax.__version__
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_setting_is_a_flag_with_its_default_and_its_help(name, capsys):
-    module = importlib.import_module(f"experiments.{name}")
-    with pytest.raises(SystemExit, match=r"^0$"):
-        module.run(["--help"])
-    told = capsys.readouterr().out
-    for field in module.Config.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')}" in told
+@pytest.mark.parametrize("finished", [True, False])
+def test_no_experiment_discards_a_run_without_being_told_to(finished, tmp_path, capsys):
+    name = "summary.json" if finished else "metrics.jsonl"
+    (tmp_path / name).write_text("{}")
+    flags = ["--smoke", "--out", str(tmp_path), "--methods", "orthogonal tanh"]
+    assert copy_memory.run(flags) == 2
+    state = "a finished" if finished else "an unfinished"
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: expected a folder without a run, got {state} one: --overwrite discards it, "
+        "another --out leaves it as it is\n"
+    )
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "{}"}
+    assert copy_memory.run([*flags, "--overwrite"]) == 0
+    assert "overwrite" not in json.loads((tmp_path / "summary.json").read_text())["settings"]
 
 
-def test_a_flag_beats_the_small_default():
-    config = runs.parse(adding.Config, ["--smoke", "--seeds", "3"], lags.SMOKE)
-    assert (config.seeds, config.batch_size) == (3, lags.SMOKE["batch_size"])
-    assert runs.parse(adding.Config, [], lags.SMOKE) == adding.Config()
-
-
-def test_a_folder_that_cannot_be_is_named(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert copy_memory.run(["--smoke", "--out", str(tmp_path / "file")]) == 2
-    assert capsys.readouterr().err.startswith(f"{tmp_path}/file: expected a folder to write to")
-
-
-@pytest.mark.parametrize(
-    ("flags", "why"),
-    [
-        (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
-        (["--seed", "-1"], "--seed: expected at least 0, below 4294967295, got -1"),
-        (["--lengths", "5", "0"], "--lengths: expected at least 1, got 0"),
-        (["--lengths"], "--lengths: expected at least one, got none"),
-        (["--check-every", "5"], "--updates: expected a multiple of 5, got 4"),
-    ],
-)
-@pytest.mark.parametrize("module", [temporal_order, copy_memory])
-def test_a_setting_that_is_too_small_is_named(module, flags, why, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert module.run(["--smoke", "--out", str(out), *flags]) == 2
-    assert capsys.readouterr().err == why + "\n"
-    assert not out.exists()
+def test_metrics_without_a_line_are_not_a_run(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not run_state.holds_run(tmp_path)
+    assert not run_state.holds_run(tmp_path / "missing")
 
 
 def test_mean_and_spread():
@@ -134,7 +116,7 @@ def test_the_first_solved_check_counts():
             (5, "m", 30, [0.3, 0.9]),
         ]
     ]
-    assert lags.solved_after(rows, 5, "m") == [20, 10]
+    assert long_lag_tasks.solved_after(rows, 5, "m") == [20, 10]
 
 
 def test_copying_asks_for_the_symbols_again():
@@ -222,10 +204,10 @@ def test_the_table_says_what_its_commands_found(row):
     assert set(numbers) <= set(told)
     assert seconds in (f"{summary['seconds']:.0f} s", f"{summary['seconds'] / 60:.0f} min")
     _, _, module, *flags = shlex.split(command)
-    config = runs.parse(importlib.import_module(module).Config, flags)
+    config = cli.parse(importlib.import_module(module).Config, flags)
     wanted = {
         name: value.name if isinstance(value, Path) else value
         for name, value in vars(config).items()
-        if name != "out"
+        if name not in ("out", "overwrite")
     }
     assert json.loads(json.dumps(wanted)) == summary["settings"]

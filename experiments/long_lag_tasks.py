@@ -27,9 +27,10 @@ from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
+from experiments import cli
+from experiments.multi_seed import share_out, use_all_cores
 from experiments.regularizer import regularizer
 from experiments.reports import Report
-from experiments.seeds import share_out, use_all_cores
 from jaxrnn import Activation, Batch, Loss, Params
 
 Name = Literal["tanh", "+ clipping", "+ regulariser", "identity ReLU"]
@@ -40,35 +41,45 @@ class Config:
     """Success rates against the lag, for four ways to train a plain recurrent network."""
 
     lengths: tuple[int, ...]
-    """T of the problem."""
+    """Sequence lengths T."""
     updates: int
-    """Updates at most, at each T."""
+    """Maximal number of updates at each T."""
     hidden_size: int
     """Hidden units, H."""
     out: Path
-    """The folder for metrics.jsonl, figure.png and summary.json."""
+    """Folder for metrics.jsonl, figure.png and summary.json."""
     check_every: int = 1_000
-    """Updates between two checks."""
+    """Updates between checks."""
     test_size: int = 10_000
-    """Fresh sequences at each check."""
+    """New test sequences at each check."""
     batch_size: int = 20
     """Sequences in an update, each of them new, B."""
     learning_rate: float = 1e-3
-    """Of Adam, for tanh."""
+    """Learning rate of Adam for tanh."""
     identity_learning_rate: float = 1e-4
-    """Of Adam, for the identity ReLU: a step moves the spectral radius by up to H times as much."""
+    """Of Adam for the identity ReLU; an update moves the spectral radius by up to H times it."""
     clip: float = 1.0
-    """The threshold for the gradient's norm."""
+    """Threshold of the gradient's norm."""
     regularizer: float = 2.0
-    """The weight of the regulariser."""
+    """Weight of the regulariser."""
     methods: tuple[Name, ...] = get_args(Name)
     """Ways to train."""
     seeds: int = 6
-    """Networks, trained at once."""
+    """Number of networks, trained in parallel."""
     seed: int = 0
-    """Of everything."""
+    """Seed of all random numbers."""
+    overwrite: bool = False
+    """Discard the run that `out` holds."""
     smoke: bool = False
-    """Sizes that take seconds, to see that everything runs."""
+    """Use sizes that run in seconds, to check that everything works."""
+
+    def __post_init__(self):
+        cli.expect_values(self, "lengths", "methods")
+        counts = ("lengths", "updates", "hidden_size", "check_every", "test_size", "batch_size")
+        cli.expect_at_least(1, self, *counts, "seeds")
+        cli.expect_positive(self, "learning_rate", "identity_learning_rate", "clip")
+        cli.expect_multiple(self, "updates", of="check_every")
+        cli.expect_seed(self)
 
 
 SMOKE = {
