@@ -105,9 +105,9 @@ def test_every_step_of_sixty_can_be_the_last_before_a_restart(params, tmp_path):
     save(state)
     end, losses = go_on(state, 60, save)
     expected = bits(end)
-    assert checkpoints.steps(tmp_path) == list(range(61))
+    assert checkpoints.saved_steps(tmp_path) == list(range(61))
     for step in range(61):
-        found = checkpoints.load(checkpoints.file_of(tmp_path, step))
+        found = checkpoints.load(checkpoints.checkpoint_path(tmp_path, step))
         resumed, rest = go_on(from_arrays(new(), found.arrays), 60)
         assert bits(resumed) == expected
         assert rest == losses[step:]
