@@ -1,58 +1,71 @@
-"""Params to and from other libraries, as dictionaries of NumPy arrays, without importing any.
+"""Conversion of Params to and from torch, Flax and .safetensors files.
 
     torch:  h_t = f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)        y_t = h_t W^T + b
     Flax:   h_t = f(x_t K_i + b_i + h_{t-1} K_h)                      y_t = h_t K + b
 
-The activation is not in their dictionaries: torch's `nonlinearity` and Flax's `activation_fn` are
-`activation` here.
+The weights are exchanged as dictionaries of arrays; neither library is imported. Their activation,
+`nonlinearity` in torch and `activation_fn` in Flax, is not among the weights: pass it as
+`activation` to the functions of jaxrnn.
 """
 
 from collections.abc import Mapping
 from os import PathLike
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxrnn.params import Params, check_params
 
+Arrays = dict[str, NDArray[Any]]
 Weights = Mapping[str, Any]
+"""name -> NumPy array, JAX array or torch tensor."""
 
 
-def _check_names(name: str, weights: Weights, expected: set[str]) -> None:
+def _check_names(argument: str, weights: Weights, expected: set[str]) -> None:
     if set(weights) != expected:
-        raise ValueError(f"{name}: expected the names {sorted(expected)}, got {sorted(weights)}")
+        raise ValueError(f"{argument}: expected names {sorted(expected)}, got {sorted(weights)}")
 
 
-def _params(**weights) -> Params:
-    arrays = {name: np.asarray(leaf) for name, leaf in weights.items()}
-    for name, leaf in arrays.items():
-        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+def _to_numpy(leaf: Any) -> NDArray[Any]:
+    """A NumPy array; a torch tensor may be on any device, require a gradient, or be bfloat16."""
+    if hasattr(leaf, "detach"):
+        leaf = leaf.detach().cpu()
+        if str(leaf.dtype) == "torch.bfloat16":  # torch converts it to NumPy only by way of float32
+            return np.asarray(leaf.float()).astype(jnp.bfloat16)
+    return np.asarray(leaf)
+
+
+def _to_params(**arrays: NDArray[Any]) -> Params:
+    for name, array in arrays.items():
+        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
             raise TypeError(
-                f"{name}: expected a dtype that JAX keeps, got {leaf.dtype}: turn jax_enable_x64 "
-                "on, or convert it before"
+                f"{name}: expected a dtype that JAX does not truncate, got {array.dtype}: enable "
+                "jax_enable_x64, or convert the array first"
             )
-    params = Params(**{name: jnp.asarray(leaf) for name, leaf in arrays.items()})
+    params = Params(**{name: jnp.asarray(array) for name, array in arrays.items()})
     check_params(params)
     return params
 
 
 def from_torch(rnn: Weights, linear: Weights) -> Params:
-    """Params of a `torch.nn.RNN` of one layer and the `torch.nn.Linear` that reads it out.
+    """Params from a `torch.nn.RNN` of one layer and the `torch.nn.Linear` after it.
 
         W_x = weight_ih_l0    W_h = weight_hh_l0    b_h = bias_ih_l0 + bias_hh_l0
 
     Args:
-      rnn: the layer's state_dict: weight_ih_l0 (H, I), weight_hh_l0 (H, H), bias_ih_l0 (H,),
-        bias_hh_l0 (H,), torch tensors or NumPy arrays.
-      linear: weight (O, H), bias (O,).
+      rnn: the state_dict of the RNN: weight_ih_l0 (H, I), weight_hh_l0 (H, H), bias_ih_l0 (H,),
+        bias_hh_l0 (H,), as torch tensors or arrays.
+      linear: the state_dict of the Linear: weight (O, H), bias (O,).
 
     Returns:
-      Params, in the dtype that came.
+      Params of the same dtype.
 
     Raises:
-      TypeError, ValueError: names, shapes or dtypes other than these.
+      TypeError, ValueError: the names, shapes or dtypes do not match.
 
     >>> ones = np.ones((1, 1), np.float32)
     >>> rnn = {"weight_ih_l0": ones, "weight_hh_l0": ones, "bias_ih_l0": ones[0],
@@ -62,19 +75,29 @@ def from_torch(rnn: Weights, linear: Weights) -> Params:
     """
     _check_names("rnn", rnn, {"weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"})
     _check_names("linear", linear, {"weight", "bias"})
-    return _params(
-        W_x=rnn["weight_ih_l0"],
-        W_h=rnn["weight_hh_l0"],
-        W_y=linear["weight"],
-        b_h=np.asarray(rnn["bias_ih_l0"]) + np.asarray(rnn["bias_hh_l0"]),
-        b_y=linear["bias"],
+    return _to_params(
+        W_x=_to_numpy(rnn["weight_ih_l0"]),
+        W_h=_to_numpy(rnn["weight_hh_l0"]),
+        W_y=_to_numpy(linear["weight"]),
+        b_h=_to_numpy(rnn["bias_ih_l0"]) + _to_numpy(rnn["bias_hh_l0"]),
+        b_y=_to_numpy(linear["bias"]),
     )
 
 
-def to_torch(params: Params) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The two dictionaries that `from_torch` takes; bias_hh_l0 is zeros.
+def to_torch(params: Params) -> tuple[Arrays, Arrays]:
+    """The inverse of `from_torch`, with zeros as bias_hh_l0.
 
-    `rnn.load_state_dict({name: torch.from_numpy(leaf) for name, leaf in ...})` loads one.
+    `rnn.load_state_dict(jax.tree.map(torch.from_numpy, weights))` loads a dictionary into torch.
+    `torch.from_numpy` does not accept bfloat16: convert such params to float32, which is exact.
+
+    Args:
+      params: Params.
+
+    Returns:
+      The arrays of the RNN and of the Linear, as `from_torch` takes them.
+
+    Raises:
+      TypeError, ValueError: params are not valid Params.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
@@ -82,7 +105,7 @@ def to_torch(params: Params) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
     >>> rnn["weight_ih_l0"].shape, linear["weight"].shape
     ((5, 3), (2, 5))
     """
-    W_x, W_h, W_y, b_h, b_y = _arrays(params)
+    W_x, W_h, W_y, b_h, b_y = _to_arrays(params)
     rnn = {
         "weight_ih_l0": W_x,
         "weight_hh_l0": W_h,
@@ -93,20 +116,20 @@ def to_torch(params: Params) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
 
 
 def from_flax(cell: Mapping[str, Weights], dense: Weights) -> Params:
-    """Params of a Flax `SimpleCell` (without `residual`) and the `Dense` that reads it out.
+    """Params from a Flax `SimpleCell` (without `residual`) and the `Dense` after it.
 
         W_x = K_i^T        W_h = K_h^T        b_h = b_i        W_y = K^T
 
     Args:
       cell: {"i": {"kernel": (I, H), "bias": (H,)}, "h": {"kernel": (H, H)}}, as in Flax linen;
-        NNX calls the two dense_i and dense_h.
+        in NNX, the entries "i" and "h" are named dense_i and dense_h.
       dense: {"kernel": (H, O), "bias": (O,)}.
 
     Returns:
-      Params, in the dtype that came.
+      Params of the same dtype.
 
     Raises:
-      TypeError, ValueError: names, shapes or dtypes other than these.
+      TypeError, ValueError: the names, shapes or dtypes do not match.
 
     >>> ones = np.ones((1, 1), np.float32)
     >>> cell = {"i": {"kernel": ones, "bias": ones[0]}, "h": {"kernel": 2 * ones}}
@@ -117,17 +140,26 @@ def from_flax(cell: Mapping[str, Weights], dense: Weights) -> Params:
     _check_names("cell['i']", cell["i"], {"kernel", "bias"})
     _check_names("cell['h']", cell["h"], {"kernel"})
     _check_names("dense", dense, {"kernel", "bias"})
-    return _params(
-        W_x=np.asarray(cell["i"]["kernel"]).T,
-        W_h=np.asarray(cell["h"]["kernel"]).T,
-        W_y=np.asarray(dense["kernel"]).T,
-        b_h=cell["i"]["bias"],
-        b_y=dense["bias"],
+    return _to_params(
+        W_x=_to_numpy(cell["i"]["kernel"]).T,
+        W_h=_to_numpy(cell["h"]["kernel"]).T,
+        W_y=_to_numpy(dense["kernel"]).T,
+        b_h=_to_numpy(cell["i"]["bias"]),
+        b_y=_to_numpy(dense["bias"]),
     )
 
 
-def to_flax(params: Params) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """The two dictionaries that `from_flax` takes.
+def to_flax(params: Params) -> tuple[dict[str, Arrays], Arrays]:
+    """The inverse of `from_flax`.
+
+    Args:
+      params: Params.
+
+    Returns:
+      The arrays of the SimpleCell and of the Dense, as `from_flax` takes them.
+
+    Raises:
+      TypeError, ValueError: params are not valid Params.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
@@ -135,18 +167,18 @@ def to_flax(params: Params) -> tuple[dict[str, dict[str, np.ndarray]], dict[str,
     >>> cell["i"]["kernel"].shape, dense["kernel"].shape
     ((3, 5), (5, 2))
     """
-    W_x, W_h, W_y, b_h, b_y = _arrays(params)
+    W_x, W_h, W_y, b_h, b_y = _to_arrays(params)
     cell = {"i": {"kernel": W_x.T, "bias": b_h}, "h": {"kernel": W_h.T}}
     return cell, {"kernel": W_y.T, "bias": b_y}
 
 
-def _arrays(params: Params) -> list[np.ndarray]:
-    """Copies: a NumPy view of a JAX array is read-only, and torch warns of it."""
+def _to_arrays(params: Params) -> list[NDArray[Any]]:
+    """Copies, because a NumPy view of a JAX array is read-only, which torch warns about."""
     check_params(params)
     return [np.array(leaf) for leaf in params]
 
 
-def _safetensors():
+def _import_safetensors() -> ModuleType:
     try:
         import safetensors.numpy
     except ModuleNotFoundError as error:
@@ -157,24 +189,35 @@ def _safetensors():
     return safetensors.numpy
 
 
-def save_safetensors(params: Params, path: str | PathLike) -> None:
-    """Writes params to a .safetensors file, by name: W_x, W_h, W_y, b_h, b_y.
+def save_safetensors(params: Params, path: str | PathLike[str]) -> None:
+    """Writes params to a .safetensors file, under the names W_x, W_h, W_y, b_h, b_y.
+
+    Args:
+      params: Params.
+      path: the file; an existing one is replaced.
 
     Raises:
       ModuleNotFoundError: the safetensors package is not installed.
+      TypeError, ValueError: params are not valid Params.
     """
-    arrays = _arrays(params)
-    _safetensors().save_file(dict(zip(Params._fields, arrays, strict=True)), path)
+    arrays = dict(zip(Params._fields, _to_arrays(params), strict=True))
+    _import_safetensors().save_file(arrays, path)
 
 
-def load_safetensors(path: str | PathLike) -> Params:
-    """Reads what `save_safetensors` wrote, in the dtype that it had.
+def load_safetensors(path: str | PathLike[str]) -> Params:
+    """Reads a file that `save_safetensors` wrote.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Params of the dtype in the file.
 
     Raises:
       ModuleNotFoundError: the safetensors package is not installed.
-      TypeError, ValueError: names, shapes or dtypes that are not those of Params.
-      safetensors.SafetensorError: the file is not one, or is cut off.
+      TypeError, ValueError: the names, shapes or dtypes are not those of Params.
+      safetensors.SafetensorError: the file is not a complete .safetensors file.
     """
-    weights = _safetensors().load_file(path)
+    weights = _import_safetensors().load_file(path)
     _check_names("path", weights, set(Params._fields))
-    return _params(**weights)
+    return _to_params(**weights)

@@ -1,6 +1,7 @@
-"""What the package is judged against, each derived in another way than the package does it.
+"""Independent implementations that the tests compare the package with.
 
-`plain_loss` is a scan over `step` with one `where` for each rule; autodiff does the rest.
+`plain_loss` is a scan over `step` with one `where` per rule, differentiated by autodiff.
+`outline_bptt` is the algorithm as one writes it on paper: NumPy, one sequence, one step at a time.
 `oracle_*` uses neither JAX nor autodiff: NumPy loops, and the complex-step derivative
 Im f(theta + i eps) / eps, exact to rounding (Squire and Trapp 1998).
 """
@@ -22,26 +23,27 @@ LOSSES = {
 }
 
 
-def expand(flags, like):
+def append_axes(flags, like):
+    """Appends axes of length 1, so that the flags broadcast with `like`."""
     return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))
 
 
 def plain_unroll(params, xs, h_0, mask, reset, activation):
-    """A scan over `step`: the specification. mask and reset are arrays."""
-    xs = jnp.where(expand(mask, xs), xs, jnp.zeros_like(xs))
+    """A scan over `step`, which specifies the package's loops; mask and reset are arrays."""
+    xs = jnp.where(append_axes(mask, xs), xs, jnp.zeros_like(xs))
 
-    def body(h, now):
-        x, exists, cut = now
-        before = jnp.where(cut[..., None], jnp.zeros_like(h), h)
-        h_new, y = jaxrnn.step(params, before, x, activation=activation)
-        h = jnp.where(exists[..., None], h_new, h)
-        return h, jnp.where(exists[..., None], y, jnp.zeros_like(y))
+    def body(h, inputs):
+        x, valid, reset_t = inputs
+        h_prev = jnp.where(reset_t[..., None], jnp.zeros_like(h), h)
+        h_new, y = jaxrnn.step(params, h_prev, x, activation=activation)
+        h = jnp.where(valid[..., None], h_new, h)
+        return h, jnp.where(valid[..., None], y, jnp.zeros_like(y))
 
     return lax.scan(body, h_0, (xs, mask, reset))
 
 
-def filled(params, batch, h_0):
-    """The same batch and state with every default written out."""
+def with_defaults(params, batch, h_0):
+    """The batch and h_0 with an explicit array for each field that is None."""
     shape = batch.xs.shape if jnp.issubdtype(batch.xs.dtype, jnp.integer) else batch.xs.shape[:-1]
     dtype = params.W_h.dtype
     h_0 = jnp.zeros((*shape[1:], params.W_h.shape[0]), dtype) if h_0 is None else h_0
@@ -52,33 +54,63 @@ def filled(params, batch, h_0):
 
 
 def plain_loss(params, batch, h_0=None, *, activation=jaxrnn.tanh, loss=jaxrnn.cross_entropy):
-    batch, h_0 = filled(params, batch, h_0)
+    batch, h_0 = with_defaults(params, batch, h_0)
     h_T, ys = plain_unroll(params, batch.xs, h_0, batch.mask, batch.reset, activation)
     targets = batch.targets
-    targets = jnp.where(expand(batch.mask, targets), targets, jnp.zeros_like(targets))
-    counts = batch.weights * batch.mask.astype(batch.weights.dtype)
-    total = jnp.where(counts.sum() == 0, jnp.ones_like(counts.sum()), counts.sum())
-    return (counts * loss.value(ys, targets)).sum() / total, h_T
+    targets = jnp.where(append_axes(batch.mask, targets), targets, jnp.zeros_like(targets))
+    weights = batch.weights * batch.mask.astype(batch.weights.dtype)
+    total = jnp.where(weights.sum() == 0, jnp.ones_like(weights.sum()), weights.sum())
+    return (weights * loss.value(ys, targets)).sum() / total, h_T
 
 
-def pieces_apart(params, batch, h_0, *, loss=jaxrnn.cross_entropy):
-    """Loss and last states, each sequence alone, each piece between resets alone, only the steps
-    that exist, one `step` after the other; mask and reset are NumPy arrays."""
+def separate_pieces_loss(params, batch, h_0, *, loss=jaxrnn.cross_entropy):
+    """The loss and last states when each piece between resets of each sequence is run by itself.
+
+    Only valid steps are run, one `step` at a time; mask and reset are NumPy arrays.
+    """
     batch_shape = batch.mask.shape[1:]
     total, h_Ts = 0.0, []
     for b in np.ndindex(*batch_shape):
         h = h_0[b]
         for t in np.flatnonzero(batch.mask[(slice(None), *b)]):
-            at = (t, *b)
-            h = jnp.zeros_like(h) if batch.reset[at] else h
-            h, y = jaxrnn.step(params, h, batch.xs[at])
-            total += loss.value(y, batch.targets[at])
+            index = (t, *b)
+            h = jnp.zeros_like(h) if batch.reset[index] else h
+            h, y = jaxrnn.step(params, h, batch.xs[index])
+            total += loss.value(y, batch.targets[index])
         h_Ts.append(h)
     return total / max(batch.mask.sum(), 1), jnp.stack(h_Ts).reshape(*batch_shape, -1)
 
 
+def outline_bptt(params, xs, labels, h_0, f, f_prime, passed_back=lambda dh, dz: dz):
+    """The sums over time of the loss and of the gradient: one sequence, softmax, cross-entropy.
+
+    `passed_back(dh, dz)` is what step t passes to step t - 1 through W_h^T: dz_t.
+    """
+    W_x, W_h, W_y, b_h, b_y = params
+    dW_x, dW_h, dW_y, db_h, db_y = (np.zeros_like(leaf) for leaf in params)
+    z, h, y_hat, loss = {}, {-1: h_0}, {}, 0.0
+    for t in range(len(xs)):
+        z[t] = W_x @ xs[t] + W_h @ h[t - 1] + b_h
+        h[t] = f(z[t])
+        y = W_y @ h[t] + b_y
+        y_hat[t] = np.exp(y) / np.exp(y).sum()
+        loss -= np.log(y_hat[t][labels[t]])
+    from_next = np.zeros_like(b_h)
+    for t in reversed(range(len(xs))):
+        dy = y_hat[t] - np.eye(len(b_y))[labels[t]]
+        dh = W_y.T @ dy + W_h.T @ from_next
+        dz = f_prime(z[t]) * dh
+        from_next = passed_back(dh, dz)
+        dW_y += np.outer(dy, h[t])
+        db_y += dy
+        dW_x += np.outer(dz, xs[t])
+        dW_h += np.outer(dz, h[t - 1])
+        db_h += dz
+    return loss, Params(dW_x, dW_h, dW_y, db_h, db_y)
+
+
 class Case(NamedTuple):
-    """A network, a batch, and how to run it."""
+    """A network, a batch, and the options of a run."""
 
     params: Params
     batch: Batch
@@ -99,15 +131,16 @@ class Case(NamedTuple):
 def random_case(
     structure, *, values=0, largest_T=256, largest_size=6, dtype=np.float64, **fixed
 ) -> Case:
-    """Any sizes, activation, loss, batch axes, tokens or numbers, with or without each option.
+    """A case with random sizes, activation, loss, batch axes, kind of inputs and options.
 
-    `structure` draws all that is compiled, `values` all that is not; `fixed` overrides by name.
+    The seed `structure` determines what a compiled function depends on, the seed `values` the
+    values of the arrays. `fixed` replaces random choices by name.
     """
     rng = np.random.default_rng(structure)
 
     def choose(name, options):
-        drawn = options[rng.integers(len(options))]
-        return fixed.get(name, drawn)
+        choice = options[rng.integers(len(options))]
+        return fixed.get(name, choice)
 
     T = choose("T", [1, 2, *np.exp(rng.uniform(0, np.log(largest_T), 6)).astype(int), largest_T])
     batch_shape = choose("batch_shape", [(), (1,), (3,), (2, 2)])
@@ -115,11 +148,11 @@ def random_case(
     activation = choose("activation", list(ACTIVATIONS))
     loss = choose("loss", list(LOSSES))
     if loss == "cross_entropy":
-        O += 1  # over one class there is no gradient, and nothing to compare
+        O += 1  # with one class the gradient is zero, and there is nothing to compare
     I, H, O = fixed.get("sizes", (I, H, O))
     shape = (int(T), *batch_shape)
     tokens, labels = choose("tokens", [False, True]), choose("labels", [True, True, False])
-    given = {name: choose(name, [False, True]) for name in ("mask", "reset", "weights", "h_0")}
+    present = {name: choose(name, [False, True]) for name in ("mask", "reset", "weights", "h_0")}
     checkpoint_every = choose("checkpoint_every", [None, None, 1, 3, 16, 300])
     rng = np.random.default_rng([structure, values])
 
@@ -150,14 +183,14 @@ def random_case(
     batch = Batch(
         xs,
         targets,
-        mask if given["mask"] else None,
-        reset if given["reset"] else None,
-        weights if given["weights"] else None,
+        mask if present["mask"] else None,
+        reset if present["reset"] else None,
+        weights if present["weights"] else None,
     )
     return Case(
         params=jax.tree.map(jnp.asarray, params),
         batch=jax.tree.map(jnp.asarray, batch),
-        h_0=jnp.asarray(h_0) if given["h_0"] else None,
+        h_0=jnp.asarray(h_0) if present["h_0"] else None,
         activation=activation,
         loss=loss,
         checkpoint_every=checkpoint_every,
@@ -165,7 +198,7 @@ def random_case(
 
 
 def relative_errors(tree, reference) -> list[float]:
-    """For each leaf, the largest difference over the reference's largest magnitude."""
+    """The largest difference of each leaf, divided by the largest magnitude in the reference."""
     errors = []
     for got, want in zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True):
         got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -175,7 +208,7 @@ def relative_errors(tree, reference) -> list[float]:
     return errors
 
 
-F = {
+NUMPY_ACTIVATIONS = {
     "tanh": np.tanh,
     "relu": lambda z: np.where(z.real > 0, z, 0),
     "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
@@ -194,23 +227,23 @@ def oracle_step_loss(loss, y, target):
 
 
 def oracle_loss(params, case: Case):
-    """The mean loss, one sequence and one step at a time; parameters may be complex."""
+    """The mean loss, one sequence and one step at a time; the parameters may be complex."""
     W_x, W_h, W_y, b_h, b_y = params
-    filled_batch, h_0 = filled(case.params, case.batch, case.h_0)
-    xs, targets, mask, reset, weights = (np.asarray(leaf) for leaf in filled_batch)
+    batch, h_0 = with_defaults(case.params, case.batch, case.h_0)
+    xs, targets, mask, reset, weights = (np.asarray(leaf) for leaf in batch)
     total, count = 0.0, 0.0
     for b in np.ndindex(mask.shape[1:]):
         h = np.asarray(h_0)[b].astype(complex)
         for t in range(mask.shape[0]):
-            at = (t, *b)
-            if not mask[at]:
+            index = (t, *b)
+            if not mask[index]:
                 continue
-            if reset[at]:
+            if reset[index]:
                 h = np.zeros_like(h)
-            x = np.eye(W_x.shape[1])[xs[at]] if xs.dtype == np.int32 else xs[at]
-            h = F[case.activation](W_x @ x + W_h @ h + b_h)
-            total += weights[at] * oracle_step_loss(case.loss, W_y @ h + b_y, targets[at])
-            count += weights[at]
+            x = np.eye(W_x.shape[1])[xs[index]] if xs.dtype == np.int32 else xs[index]
+            h = NUMPY_ACTIVATIONS[case.activation](W_x @ x + W_h @ h + b_h)
+            total += weights[index] * oracle_step_loss(case.loss, W_y @ h + b_y, targets[index])
+            count += weights[index]
     return total / count if count else total
 
 

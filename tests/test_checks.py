@@ -158,7 +158,9 @@ WRONG = {
         lambda: jaxrnn.mask_from_lengths([1], T), TypeError, r"lengths: .*array, got list"
     ),
     "windows of 0": (lambda: list(jaxrnn.windows(BATCH, 0)), ValueError, r"length: .*1, got 0"),
-    "optimizer None": (lambda: jaxrnn.make_update(jaxrnn.bptt, None), TypeError, r"optimizer: .*None"),
+    "optimizer None": (
+        lambda: jaxrnn.make_update(jaxrnn.bptt, None), TypeError, r"optimizer: .*None"
+    ),
     "optimizer of number": (
         lambda: jaxrnn.make_update(jaxrnn.bptt, 0.1), TypeError, r"optimizer: expected.*0.1"
     ),
@@ -203,7 +205,7 @@ WRONG = {
     ),
     "NaN in parameters": (
         lambda: jaxrnn.check_values(PARAMS._replace(b_h=zeros(H) + jnp.nan), BATCH),
-        ValueError, r"params.b_h: expected finite numbers, got nan at \(0,\); 5 of 5 are not finite",
+        ValueError, r"params.b_h: expected finite numbers, got nan at \(0,\); 5 of 5 are not",
     ),
     "infinite state": (
         lambda: jaxrnn.check_values(PARAMS, BATCH, zeros(B, H) - jnp.inf),
@@ -220,11 +222,11 @@ WRONG = {
     ),
     "count beyond int32": (
         check_values(targets=np.full((T, B, O), 2**40 + 5)),
-        ValueError, r"targets: expected values that fit int32, .*int64.*1099511627781 at .* becomes 5",
+        ValueError, r"targets: expected values that fit int32.*int64.*1099511627781 at .* becomes 5",
     ),
     "float64 beyond float32": (
         check_values(xs=numpy_xs(1e300)),
-        ValueError, r"xs: expected values that fit float32, .*1e\+300 at \(2, 1, 0\).* inf; 1 of 84",
+        ValueError, r"xs: expected .* fit float32, .*1e\+300 at \(2, 1, 0\).* inf; 1 of 84",
     ),
     "float64 rounded": (
         check_values(xs=numpy_xs(2.0**24 + 1)),

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from tests.reference import filled, random_case, relative_errors
+from tests.reference import random_case, relative_errors, with_defaults
 
 
 def perturbed_loss(perturbations, case):
     """The loss where dh is added to the state after each step, and dz before f: a plain loop."""
     params, activation = case.params, case.keywords["activation"]
-    batch, h = filled(*case.arguments)
+    batch, h = with_defaults(*case.arguments)
     weights = batch.weights * batch.mask
     total = 0.0
     for t in range(batch.xs.shape[0]):

@@ -9,7 +9,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch
-from tests.reference import ACTIVATIONS, filled, plain_loss, plain_unroll, random_case
+from tests.reference import ACTIVATIONS, plain_loss, plain_unroll, random_case, with_defaults
 from tests.reference import relative_errors as errors
 
 AGREEMENT = 1e-12
@@ -20,7 +20,7 @@ by_autodiff = jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)
 @pytest.mark.parametrize("structure", range(16))
 def test_unroll_is_the_plain_scan(structure):
     case = random_case(2000 + structure, largest_T=20)
-    batch, h_0 = filled(*case.arguments)
+    batch, h_0 = with_defaults(*case.arguments)
     activation = ACTIVATIONS[case.activation]
     got = jaxrnn.unroll(
         case.params, batch.xs, case.h_0, activation=activation, mask=case.batch.mask,

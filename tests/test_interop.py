@@ -1,5 +1,8 @@
-"""Exchange with torch, Flax and .safetensors: against the libraries where they are installed,
-against numbers that they gave where they are not."""
+"""Conversion to and from torch, Flax and .safetensors.
+
+The results are compared with the libraries where they are installed, and always with results of the
+libraries that are stored here.
+"""
 
 import subprocess
 import sys
@@ -40,11 +43,11 @@ def flax_weights():
 
 
 XS, DYS = draw(2)(T, B, I), draw(3)(T, B, O)
-"""The inputs, and the derivative by the outputs whose gradient is compared."""
+"""The inputs, and the derivative of a scalar with respect to the outputs."""
 
 
 def run(params):
-    """ys, and the gradient of sum(DYS * ys) by the parameters and by the inputs."""
+    """ys, and the gradient of sum(DYS * ys) with respect to the parameters and the inputs."""
 
     def value(params, xs):
         ys = jaxrnn.unroll(params, xs)[1]
@@ -55,7 +58,7 @@ def run(params):
 
 
 def fingerprint(*arrays):
-    """One number for each array that every one of its elements changes."""
+    """One number per array, which depends on every element."""
     return [float((np.cos(np.arange(a.size)) * np.ravel(a)).sum()) for a in arrays]
 
 
@@ -79,22 +82,22 @@ STORED = {
         -1.3568592407950828,
     ],
 }
-"""ys, dW_x, dW_h, dW_y, db_h, db_y, dxs of torch 2.13 and Flax 0.12.8 in float64."""
+"""Fingerprints of ys, dW_x, dW_h, dW_y, db_h, db_y, dxs by torch 2.13 and Flax 0.12.8, float64."""
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("peer", STORED)
-def test_equals_the_numbers_that_the_peer_gave(peer):
-    imported = {
+@pytest.mark.parametrize("library", STORED)
+def test_equals_the_stored_results(library):
+    params = {
         "torch": lambda: interop.from_torch(*torch_weights()),
         "flax": lambda: interop.from_flax(*flax_weights()),
     }
-    ys, grads, dxs = jax.jit(run)(imported[peer]())
-    np.testing.assert_allclose(fingerprint(ys, *grads, dxs), STORED[peer], rtol=AGREEMENT)
+    ys, grads, dxs = jax.jit(run)(params[library]())
+    np.testing.assert_allclose(fingerprint(ys, *grads, dxs), STORED[library], rtol=AGREEMENT)
 
 
 @pytest.mark.usefixtures("x64")
-def test_equals_torch_outputs_and_gradients():
+def test_equals_the_outputs_and_gradients_of_torch():
     torch = pytest.importorskip("torch")
     rnn, linear = torch.nn.RNN(I, H).double(), torch.nn.Linear(H, O).double()
     for module, weights in zip((rnn, linear), torch_weights(), strict=True):
@@ -117,7 +120,7 @@ def test_equals_torch_outputs_and_gradients():
 
 
 @pytest.mark.usefixtures("x64")
-def test_equals_flax_outputs_and_gradients():
+def test_equals_the_outputs_and_gradients_of_flax():
     nn = pytest.importorskip("flax.linen")
     cell, dense = flax_weights()
     rnn = nn.RNN(nn.SimpleCell(H, param_dtype=jnp.float64), time_major=True)
@@ -139,8 +142,23 @@ def test_equals_flax_outputs_and_gradients():
     assert max(relative_errors(again, ys)) <= AGREEMENT
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_torch_tensors_keep_their_dtype(dtype, requires_grad):
+    torch = pytest.importorskip("torch")
+    options = {"dtype": getattr(torch, dtype), "requires_grad": requires_grad}
+    rnn, linear = (
+        {name: torch.tensor(leaf, **options) for name, leaf in weights.items()}
+        for weights in torch_weights()
+    )
+    params = interop.from_torch(rnn, linear)
+    assert {leaf.dtype for leaf in params} == {jnp.dtype(dtype)}
+    expected = rnn["weight_hh_l0"].detach().float().numpy()
+    np.testing.assert_array_equal(np.asarray(params.W_h, np.float32), expected)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_there_and_back_is_the_same(dtype, tmp_path):
+def test_conversion_and_back_changes_no_bit(dtype):
     params = jaxrnn.init(jax.random.key(0), I, H, O, dtype=dtype)
     params = params._replace(b_h=jnp.arange(H, dtype=dtype))
     copies = [
@@ -153,7 +171,7 @@ def test_there_and_back_is_the_same(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_safetensors_file_holds_the_params_by_name(dtype, tmp_path):
+def test_a_safetensors_file_stores_the_params_by_name(dtype, tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     params = jaxrnn.init(jax.random.key(0), I, H, O, dtype=dtype)
     path = tmp_path / "params.safetensors"
@@ -162,18 +180,18 @@ def test_a_safetensors_file_holds_the_params_by_name(dtype, tmp_path):
     again = interop.load_safetensors(path)
     assert all(a.dtype == dtype and (a == b).all() for a, b in zip(again, params, strict=True))
     safetensors.save_file({"W_x": np.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"path: expected the names \['W_h', .* got \['W_x'\]"):
+    with pytest.raises(ValueError, match=r"path: expected names \['W_h', .* got \['W_x'\]"):
         interop.load_safetensors(path)
 
 
-def test_without_safetensors_the_error_says_what_to_install(monkeypatch, tmp_path):
+def test_the_error_without_safetensors_names_the_package_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
         interop.load_safetensors(tmp_path / "params.safetensors")
 
 
-def changed(weights, which, **changes):
+def replaced(weights, which, **changes):
     return [part | changes if n == which else part for n, part in enumerate(weights)]
 
 
@@ -183,42 +201,44 @@ def changed(weights, which, **changes):
     [
         (
             interop.from_torch,
-            changed(torch_weights(), 0, weight_ih_l1=np.ones((H, H))),
-            r"rnn: expected the names \['bias_hh_l0', .* 'weight_ih_l1'\]",
+            replaced(torch_weights(), 0, weight_ih_l1=np.ones((H, H))),
+            r"rnn: expected names \['bias_hh_l0', .* 'weight_ih_l1'\]",
         ),
         (
             interop.from_torch,
-            changed(torch_weights(), 1, bias=np.ones(O + 1)),
+            replaced(torch_weights(), 1, bias=np.ones(O + 1)),
             r"params.b_y: expected shape \(3,\) .* got \(4,\)",
         ),
         (
             interop.from_torch,
-            changed(torch_weights(), 1, bias=np.ones(O, int)),
+            replaced(torch_weights(), 1, bias=np.ones(O, int)),
             r"params.b_y: expected a floating-point dtype, got int64",
         ),
         (
             interop.from_flax,
-            changed(flax_weights(), 0, j={}),
-            r"cell: expected the names \['h', 'i'\], got \['h', 'i', 'j'\]",
+            replaced(flax_weights(), 0, j={}),
+            r"cell: expected names \['h', 'i'\], got \['h', 'i', 'j'\]",
         ),
         (
             interop.from_flax,
-            changed(flax_weights(), 0, h={"kernel": np.ones((H, H)), "bias": np.ones(H)}),
-            r"cell\['h'\]: expected the names \['kernel'\]",
+            replaced(flax_weights(), 0, h={"kernel": np.ones((H, H)), "bias": np.ones(H)}),
+            r"cell\['h'\]: expected names \['kernel'\]",
         ),
     ],
 )
-def test_it_names_what_does_not_fit(function, arguments, message):
+def test_errors_name_the_invalid_argument(function, arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         function(*arguments)
 
 
-def test_float64_is_not_made_float32_without_a_word():
-    with pytest.raises(TypeError, match="W_x: expected a dtype that JAX keeps, got float64"):
+def test_float64_is_not_truncated_silently():
+    with pytest.raises(
+        TypeError, match="W_x: expected a dtype that JAX does not truncate, got float"
+    ):
         interop.from_torch(*torch_weights())
 
 
-def test_neither_library_is_imported():
+def test_no_other_library_is_imported():
     code = (
         "import sys, jaxrnn.interop; "
         "print({'torch', 'flax', 'safetensors'} & {name.split('.')[0] for name in sys.modules})"

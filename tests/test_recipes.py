@@ -31,7 +31,7 @@ from experiments.recipes import (
     unequal_lengths,
 )
 from jaxrnn import Batch, Params
-from tests.reference import pieces_apart, plain_loss, relative_errors
+from tests.reference import plain_loss, relative_errors, separate_pieces_loss
 
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("[a-z]*.py"))
@@ -235,7 +235,7 @@ def test_a_policys_rollout_is_unrolled_again_with_its_resets():
     np.testing.assert_array_equal(drawn, actions)
 
     batch = Batch(xs, actions, np.ones((T, B), bool), np.asarray(reset))
-    expected = jax.jit(jax.value_and_grad(partial(pieces_apart, batch=batch), has_aux=True))
+    expected = jax.jit(jax.value_and_grad(partial(separate_pieces_loss, batch=batch), has_aux=True))
     got = jax.jit(jaxrnn.bptt)(params, batch, actor.h)
     assert max(relative_errors(got, expected(params, h_0=actor.h))) <= AGREEMENT
 
@@ -322,7 +322,7 @@ def test_documents_in_a_stream_are_the_documents_apart():
         total = 0.0
         for run in runs:
             batch = run._replace(mask=np.ones(len(run.xs), bool), reset=np.zeros(len(run.xs), bool))
-            total += pieces_apart(params, batch, jnp.zeros(3))[0] * len(run.xs)
+            total += separate_pieces_loss(params, batch, jnp.zeros(3))[0] * len(run.xs)
         return total / 12
 
     expected, grads = jax.jit(jax.value_and_grad(apart))(params)

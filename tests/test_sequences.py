@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import jaxrnn
 from jaxrnn import Batch
-from tests.reference import pieces_apart, relative_errors
+from tests.reference import relative_errors, separate_pieces_loss
 
 
 @given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5))
@@ -87,7 +87,7 @@ def test_any_batch_is_its_pieces_apart_gradient_included(batch_shape, resets):
     @jax.jit
     def all_three(params, xs, h_0):
         now = batch._replace(xs=xs)
-        apart = partial(pieces_apart, batch=now)
+        apart = partial(separate_pieces_loss, batch=now)
         expected = jax.value_and_grad(lambda p, h: apart(p, h_0=h), (0, 1), has_aux=True)
         value_and_grad = jax.value_and_grad(
             lambda p, h: jaxrnn.sequence_loss(p, now, h), (0, 1), has_aux=True
