@@ -1,5 +1,6 @@
-"""What the README prints, run as printed."""
+"""What the README prints, run as printed, and the map of its claims in CONTRIBUTING."""
 
+import ast
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -54,3 +56,34 @@ def test_import_jaxrnn_imports_the_core_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stdout + done.stderr
+
+
+def defined_tests(path: Path) -> set[str]:
+    nodes = ast.parse(path.read_text()).body
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    return {f"tests/{path.name}::{name}" for name in names if name.startswith("test_")}
+
+
+def test_every_test_that_contributing_names_exists():
+    named = set(re.findall(r"tests/\w+\.py::\w+", CONTRIBUTING))
+    existing = set().union(*map(defined_tests, ROOT.glob("tests/test_*.py")))
+    assert named
+    assert sorted(named - existing) == []
+
+
+def test_every_claim_of_the_map_names_a_test():
+    _, section = CONTRIBUTING.split("\n## Claims and tests\n")
+    claims = section.split("\n## ")[0].split("\n- ")[1:]
+    assert claims
+    assert [claim for claim in claims if "\n  - `tests/" not in claim] == []
+
+
+def test_every_file_that_contributing_names_exists():
+    paths = set(re.findall(r"`((?:tests|jaxrnn|experiments)/[\w./]*)`", CONTRIBUTING))
+    assert paths
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_pre_commit_has_the_ruff_of_pyproject():
+    (pinned,) = re.findall(r'"ruff==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
