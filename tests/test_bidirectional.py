@@ -1,4 +1,4 @@
-"""The bidirectional network with masks against torch.nn.RNN on packed sequences."""
+"""The bidirectional network with masks, compared with torch.nn.RNN on packed sequences."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def torch_weights():
-    """Those of two layers in both directions, named as torch names them, and of the readout."""
+    """The weights of two layers in both directions and of the readout, with torch's names."""
     normal, rnn = draw(0), {}
     for layer, inputs in [("l0", I), ("l1", 2 * H)]:
         for suffix in (layer, f"{layer}_reverse"):
@@ -30,18 +30,18 @@ def torch_weights():
 
 
 def layers_from_torch(rnn, linear):
-    """Pairs of Params; the readout of both directions is the sum of two, under one bias."""
-    unread = {"weight": np.zeros((0, H)), "bias": np.zeros(0)}
-    forth = {"weight": linear["weight"][:, :H], "bias": linear["bias"]}
-    back = {"weight": linear["weight"][:, H:], "bias": np.zeros(O)}
+    """Pairs of Params. The readout is the sum of one per direction, with the bias in the first."""
+    no_readout = {"weight": np.zeros((0, H)), "bias": np.zeros(0)}
+    forward = {"weight": linear["weight"][:, :H], "bias": linear["bias"]}
+    backward = {"weight": linear["weight"][:, H:], "bias": np.zeros(O)}
 
     def one(suffix, readout):
         layer = {f"{kind}_l0": rnn[f"{kind}_{suffix}"] for kind in KINDS}
         return interop.from_torch(layer, readout)
 
     return [
-        (one("l0", unread), one("l0_reverse", unread)),
-        (one("l1", forth), one("l1_reverse", back)),
+        (one("l0", no_readout), one("l0_reverse", no_readout)),
+        (one("l1", forward), one("l1_reverse", backward)),
     ]
 
 
@@ -49,7 +49,7 @@ XS, DYS = draw(1)(T, len(LENGTHS), I), draw(2)(T, len(LENGTHS), O)
 
 
 def run():
-    """ys, and the gradient of sum(DYS * ys) by the layers and by xs, with NaN for padding."""
+    """ys, and the gradient of sum(DYS * ys) with respect to layers and xs; the padding is NaN."""
     mask = jaxrnn.mask_from_lengths(LENGTHS, T)
 
     def value(layers, xs):
@@ -59,9 +59,9 @@ def run():
     xs = jnp.where(mask[..., None], XS, jnp.nan)
     gradient = jax.jit(jax.grad(value, (0, 1), has_aux=True))
     (dlayers, dxs), ys = gradient(layers_from_torch(*torch_weights()), xs)
-    forth, back = dlayers[1]
-    np.testing.assert_allclose(forth.b_y, back.b_y, rtol=AGREEMENT)
-    dlayers[1] = forth, back._replace(b_y=jnp.zeros(O))
+    forward, backward = dlayers[1]
+    np.testing.assert_allclose(forward.b_y, backward.b_y, rtol=AGREEMENT)
+    dlayers[1] = forward, backward._replace(b_y=jnp.zeros(O))
     return [ys, *jax.tree.leaves(dlayers), dxs]
 
 
@@ -89,11 +89,11 @@ STORED = (
     0.0,
     2.251289076493479,
 )
-"""ys, the gradient by each leaf of the layers, and by xs, of torch 2.13 in float64."""
+"""Fingerprints of ys and of the gradients of the layers and of xs, by torch 2.13 in float64."""
 
 
 @pytest.mark.usefixtures("x64")
-def test_equals_the_numbers_that_torch_gave():
+def test_equals_the_stored_results_of_torch():
     np.testing.assert_allclose(fingerprint(*run()), STORED, rtol=0, atol=AGREEMENT)
 
 
@@ -113,7 +113,7 @@ def test_equals_torch_on_packed_sequences():
     def gradients(module):
         return {name: leaf.grad.numpy() for name, leaf in module.named_parameters()}
 
-    # Both biases have the gradient of their sum: one of them is it.
+    # b_ih and b_hh each have the gradient of their sum b_h: keep one of them.
     drnn = {n: leaf * ("bias_hh" not in n) for n, leaf in gradients(rnn).items()}
     dlayers = jax.tree.leaves(layers_from_torch(drnn, gradients(linear)))
     expected = [ys.detach().numpy(), *dlayers, xs.grad.numpy()]

@@ -1,4 +1,4 @@
-"""The forward pass against the plain scan, under every transformation, and its structure."""
+"""The forward pass against the plain scan, under each transformation, and its jaxpr."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ by_autodiff = jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("structure", range(16))
-def test_unroll_is_the_plain_scan(structure):
+def test_unroll_equals_the_plain_scan(structure):
     case = random_case(2000 + structure, largest_T=20)
     batch, h_0 = with_defaults(*case.arguments)
     activation = ACTIVATIONS[case.activation]
@@ -32,7 +32,7 @@ def test_unroll_is_the_plain_scan(structure):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_a_scan_over_step_is_one_line(name):
+def test_unroll_equals_a_scan_over_step(name):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs, h_0 = jax.random.normal(jax.random.key(1), (7, 4, 3)), jnp.ones((4, 5))
     step = partial(jaxrnn.step, params, activation=ACTIVATIONS[name])
@@ -41,7 +41,7 @@ def test_a_scan_over_step_is_one_line(name):
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_token_is_a_one_hot_input():
+def test_tokens_equal_one_hot_inputs():
     params = jaxrnn.init(jax.random.key(0), 6, 5, 2, dtype=jnp.float64)
     tokens = jax.random.randint(jax.random.key(1), (7, 4), 0, 6)
     for dtype in (jnp.int32, jnp.uint8, jnp.int64):
@@ -51,7 +51,7 @@ def test_a_token_is_a_one_hot_input():
 
 
 @pytest.mark.usefixtures("x64")
-def test_lengths_from_0_to_T_equal_each_sequence_alone():
+def test_masked_sequences_equal_the_sequences_without_padding():
     T = 6
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (T, T + 1, 3))
@@ -60,23 +60,23 @@ def test_lengths_from_0_to_T_equal_each_sequence_alone():
     h_T, hs = jaxrnn.hidden_states(params, xs, h_0, mask=mask)
     assert (h_T[0] == h_0[0]).all()
     for length in range(T + 1):
-        alone_T, alone = jaxrnn.hidden_states(params, xs[:length, length], h_0[length])
-        np.testing.assert_allclose(h_T[length], alone_T, atol=1e-14)
-        np.testing.assert_allclose(hs[:length, length], alone, atol=1e-14)
+        expected_T, expected = jaxrnn.hidden_states(params, xs[:length, length], h_0[length])
+        np.testing.assert_allclose(h_T[length], expected_T, atol=1e-14)
+        np.testing.assert_allclose(hs[:length, length], expected, atol=1e-14)
         assert not hs[length:, length].any()
-        assert alone.shape == (length, 5)
+        assert expected.shape == (length, 5)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("resets", [(0,), (6,), (2, 5), range(7)])
-def test_a_reset_starts_the_sequence_anew_gradient_included(resets):
+def test_pieces_between_resets_equal_separate_sequences(resets):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (7, 3))
     targets = jax.random.randint(jax.random.key(2), (7,), 0, 2)
     h_0 = jnp.ones(5)
     reset = jnp.zeros(7, bool).at[jnp.array(resets)].set(True)
 
-    def apart(params):
+    def separate_pieces(params):
         total, h = 0.0, h_0
         for start, stop in zip([0, *resets], [*resets, 7], strict=True):
             h = h if start == 0 and 0 not in resets else jnp.zeros(5)
@@ -87,13 +87,13 @@ def test_a_reset_starts_the_sequence_anew_gradient_included(resets):
             total += value * (stop - start) / 7
         return total, h
 
-    expected = jax.jit(jax.value_and_grad(apart, has_aux=True))(params)
+    expected = jax.jit(jax.value_and_grad(separate_pieces, has_aux=True))(params)
     batch = Batch(xs, targets, reset=reset)
     for fn in (jaxrnn.bptt, by_autodiff):
         assert max(errors(jax.jit(fn)(params, batch, h_0), expected)) <= AGREEMENT
 
 
-def test_a_masked_step_holds_the_state_and_ignores_its_reset():
+def test_a_masked_step_keeps_the_state_and_ignores_its_reset():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     xs, h_0 = jnp.ones((3, 3)), jnp.ones(5)
     mask, reset = jnp.array([True, False, True]), jnp.array([False, True, False])
@@ -104,12 +104,12 @@ def test_a_masked_step_holds_the_state_and_ignores_its_reset():
 
 
 @pytest.mark.usefixtures("x64")
-def test_no_step_looks_ahead():
+def test_outputs_depend_only_on_current_and_earlier_inputs():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (6, 3))
     dys = jax.jacobian(lambda xs: jaxrnn.unroll(params, xs)[1])(xs)  # (6, O, 6, I)
-    seen = jnp.abs(dys).sum(axis=(1, 3)) > 0
-    np.testing.assert_array_equal(seen, np.tril(np.ones((6, 6), bool)))
+    depends = jnp.abs(dys).sum(axis=(1, 3)) > 0
+    np.testing.assert_array_equal(depends, np.tril(np.ones((6, 6), bool)))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def directions(tree, seed):
     }.items(),
     ids=lambda item: item[0].replace(" ", "-"),
 )
-def test_every_transformation_gives_what_the_plain_scan_gives(transform, small):
+def test_transformations_equal_those_of_the_plain_scan(transform, small):
     def run(loss_fn, params, xs, h_0):
         def f(params, xs, h_0):
             return loss_fn(params, small.batch._replace(xs=xs), h_0)[0]
@@ -172,16 +172,18 @@ def test_every_transformation_gives_what_the_plain_scan_gives(transform, small):
 
 
 @pytest.mark.usefixtures("x64")
-def test_vmap_over_sequences_is_the_batch_axis():
+def test_vmap_over_sequences_equals_the_batch_axis():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
-    over = jax.vmap(partial(jaxrnn.unroll, params), in_axes=1, out_axes=(0, 1))(xs)
-    assert max(errors(over, jaxrnn.unroll(params, xs))) <= AGREEMENT
+    mapped = jax.vmap(partial(jaxrnn.unroll, params), in_axes=1, out_axes=(0, 1))(xs)
+    assert max(errors(mapped, jaxrnn.unroll(params, xs))) <= AGREEMENT
 
 
 def arrays_and_innermost_scans(jaxpr, arrays, scans):
-    """All shapes in a jaxpr and what it calls; and of each scan with none inside, what its body
-    returns."""
+    """Collects the shapes in a jaxpr, and the shapes that the body of each innermost scan returns.
+
+    Returns whether the jaxpr contains a scan.
+    """
     found = False
     for equation in jaxpr.eqns:
         arrays.update(out.aval.shape for out in equation.outvars if hasattr(out.aval, "shape"))
@@ -221,14 +223,14 @@ def per_example_loss(params, batch):
 )
 def test_no_weight_gradient_inside_the_loop_over_time(gradient_fn):
     arrays, scans = structure_of(gradient_fn)
-    assert (H, H) in arrays  # the gradient itself: the search finds what it looks for
+    assert (H, H) in arrays  # the gradient itself, so the search works
     assert not {(B, H, H), (H, B, H), (H, H, B)} & arrays
     assert len(scans) >= 2
     assert not any({(H, H), (H, I), (O, H)} & returned for returned in scans)
 
 
 def test_the_plain_scan_has_the_weight_gradient_inside_its_loop():
-    """What the test above would find."""
+    """Shows that `test_no_weight_gradient_inside_the_loop_over_time` can fail."""
     _, scans = structure_of(jax.value_and_grad(plain_loss, has_aux=True))
     assert any((H, H) in returned for returned in scans)
 
@@ -241,7 +243,7 @@ def test_zero_steps():
     assert ys.shape == (0, 4, 2)
 
 
-def test_two_batch_axes_with_lengths_and_carry():
+def test_two_batch_axes_equal_one():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     lengths = jnp.array([[0, 1, 2], [3, 4, 5]])
     xs = jax.random.normal(jax.random.key(1), (5, 2, 3, 3))
@@ -253,7 +255,7 @@ def test_two_batch_axes_with_lengths_and_carry():
     np.testing.assert_allclose(ys.reshape(5, 6, 2), flat_ys, atol=1e-6)
 
 
-def test_strict_dtype_promotion():
+def test_bfloat16_under_strict_dtype_promotion():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.bfloat16)
     batch = Batch(
         jnp.ones((6, 4, 3)), jnp.zeros((6, 4), int), mask=jnp.ones((6, 4), bool),

@@ -1,3 +1,5 @@
+"""The losses against their formulas, autodiff and optax."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def example(name, seed=0):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", LOSSES)
-def test_error_is_the_derivative_of_value_and_equals_y_hat_minus_target(name):
+def test_error_is_the_derivative_of_value_and_y_hat_minus_target(name):
     loss = LOSSES[name]
     y, target = example(name)
     derivative = jax.grad(lambda y: loss.value(y, target).sum())(y)
@@ -29,7 +31,7 @@ def test_error_is_the_derivative_of_value_and_equals_y_hat_minus_target(name):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", LOSSES)
-def test_value_is_the_formula(name):
+def test_value_equals_the_formula(name):
     y, target = example(name)
     expected = [oracle_step_loss(name, *pair) for pair in zip(y, target, strict=True)]
     np.testing.assert_allclose(LOSSES[name].value(y, target), expected, rtol=1e-13)
@@ -48,24 +50,24 @@ def test_values_equal_optax():
     np.testing.assert_allclose(jaxrnn.binary_cross_entropy.value(y, target), expected, rtol=1e-13)
 
 
-def test_labels_are_one_hot_distributions():
+def test_integer_labels_equal_one_hot_distributions():
     y, labels = jnp.arange(12.0).reshape(3, 4), jnp.array([3, 0, 1])
     for part in ("value", "error"):
-        of = getattr(jaxrnn.cross_entropy, part)
-        np.testing.assert_allclose(of(y, labels), of(y, jax.nn.one_hot(labels, 4)), rtol=1e-6)
+        fn = getattr(jaxrnn.cross_entropy, part)
+        np.testing.assert_allclose(fn(y, labels), fn(y, jax.nn.one_hot(labels, 4)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy"])
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e30])
 def test_large_outputs_stay_finite_and_exact(name, scale):
-    """A sure and right answer costs nothing; a sure and wrong one its margin."""
-    loss, right = LOSSES[name], jnp.array([1.0, 0.0])
+    """A confident correct output has loss 0, a confident wrong one the margin as its loss."""
+    loss, target = LOSSES[name], jnp.array([1.0, 0.0])
     y = jnp.array([scale, -scale])
-    assert loss.value(y, right) == 0
-    assert loss.value(y, 1 - right) == pytest.approx(2 * scale)
-    assert jnp.isfinite(loss.error(y, 1 - right)).all()
+    assert loss.value(y, target) == 0
+    assert loss.value(y, 1 - target) == pytest.approx(2 * scale)
+    assert jnp.isfinite(loss.error(y, 1 - target)).all()
 
 
-def test_a_small_binary_loss_keeps_its_digits():
+def test_a_small_binary_cross_entropy_is_accurate():
     value = jaxrnn.binary_cross_entropy.value(jnp.array([20.0]), jnp.array([1.0]))
     assert value == pytest.approx(np.log1p(np.exp(-20.0)), rel=1e-6)

@@ -1,3 +1,5 @@
+"""The initialisation of the parameters."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 import jaxrnn
 
 
-def test_the_draw_has_the_stated_scales():
+def test_weights_have_the_documented_scales_and_biases_are_zero():
     params = jaxrnn.init(jax.random.key(0), 300, 400, 200)
     assert np.std(params.W_x) == pytest.approx(300**-0.5, rel=0.02)
     assert np.std(params.W_y) == pytest.approx(400**-0.5, rel=0.02)
@@ -14,7 +16,7 @@ def test_the_draw_has_the_stated_scales():
     assert not params.b_y.any()
 
 
-def test_W_h_is_orthogonal_by_default_and_scaled_on_request():
+def test_W_h_is_orthogonal_by_default_and_scaled_by_W_h_init():
     params = jaxrnn.init(jax.random.key(0), 3, 64, 2)
     np.testing.assert_allclose(params.W_h @ params.W_h.T, np.eye(64), atol=1e-5)
     W_h_init = jax.nn.initializers.orthogonal(scale=0.5)
@@ -28,7 +30,7 @@ def test_scaled_identity():
     np.testing.assert_array_equal(params.W_h, 0.9 * np.eye(4, dtype=np.float32))
 
 
-def test_the_three_weights_are_independent_and_the_key_decides_them():
+def test_weights_are_independent_and_determined_by_the_key():
     a, b = (jaxrnn.init(jax.random.key(7), 8, 8, 8) for _ in range(2))
     other = jaxrnn.init(jax.random.key(8), 8, 8, 8)
     for name in ("W_x", "W_h", "W_y"):
@@ -38,14 +40,14 @@ def test_the_three_weights_are_independent_and_the_key_decides_them():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_one_dtype_throughout(dtype):
+def test_parameters_and_outputs_have_the_given_dtype(dtype):
     params = jaxrnn.init(jax.random.key(0), 3, 4, 2, dtype=dtype)
     assert {leaf.dtype for leaf in params} == {jnp.dtype(dtype)}
     h_T, ys = jaxrnn.unroll(params, jnp.ones((5, 3)))
     assert h_T.dtype == ys.dtype == dtype
 
 
-def test_an_ensemble_is_init_under_vmap():
+def test_vmap_of_init_gives_an_ensemble():
     keys = jax.random.split(jax.random.key(0), 3)
     ensemble = jax.vmap(lambda key: jaxrnn.init(key, 2, 4, 2))(keys)
     np.testing.assert_allclose(ensemble.W_h[1], jaxrnn.init(keys[1], 2, 4, 2).W_h, atol=1e-6)

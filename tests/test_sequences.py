@@ -1,3 +1,5 @@
+"""Masks, windows, padding and buckets of sequences."""
+
 from functools import partial
 from itertools import pairwise
 
@@ -20,7 +22,7 @@ def test_mask_from_lengths(lengths):
     np.testing.assert_array_equal(mask, expected)
 
 
-def test_mask_from_lengths_takes_any_batch_axes():
+def test_mask_from_lengths_with_zero_or_more_batch_axes():
     lengths = jnp.array([[0, 1], [2, 3]])
     mask = jaxrnn.mask_from_lengths(lengths, 3)
     assert mask.shape == (3, 2, 2)
@@ -29,7 +31,7 @@ def test_mask_from_lengths_takes_any_batch_axes():
 
 
 @given(T=st.integers(0, 20), length=st.integers(1, 25))
-def test_windows_are_the_stream_again(T, length):
+def test_windows_concatenate_to_the_stream(T, length):
     stream = Batch(np.arange(T), np.arange(T) + 1, mask=np.arange(T) % 3 > 0)
     parts = list(jaxrnn.windows(stream, length))
     assert all(part.xs.shape[0] == length for part in parts[:-1])
@@ -42,7 +44,7 @@ def test_windows_are_the_stream_again(T, length):
 
 
 @pytest.mark.usefixtures("x64")
-def test_windows_with_the_state_carried_have_the_loss_of_the_whole():
+def test_windows_with_carried_state_have_the_loss_of_the_stream():
     params = jaxrnn.init(jax.random.key(0), 2, 4, 3, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (20, 2))
     stream = Batch(xs, jax.random.randint(jax.random.key(2), (20,), 0, 3))
@@ -67,8 +69,8 @@ RESETS = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("batch_shape", [(), (2, 4)], ids=str)
 @pytest.mark.parametrize("resets", RESETS)
-def test_any_batch_is_its_pieces_apart_gradient_included(batch_shape, resets):
-    """Eight sequences in two batch axes: lengths 0 to T, and two masks with holes; or one alone."""
+def test_a_batch_has_the_loss_and_gradient_of_its_separate_pieces(batch_shape, resets):
+    """One sequence, or eight in two batch axes: lengths 0 to T, and two masks with gaps."""
     T, rng = 5, np.random.default_rng(0)
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2, dtype=jnp.float64)
     shape = (T, *batch_shape)
@@ -85,16 +87,18 @@ def test_any_batch_is_its_pieces_apart_gradient_included(batch_shape, resets):
     batch = Batch(rng.normal(size=(*shape, 2)), rng.integers(0, 2, shape), mask, reset)
 
     @jax.jit
-    def all_three(params, xs, h_0):
-        now = batch._replace(xs=xs)
-        apart = partial(separate_pieces_loss, batch=now)
-        expected = jax.value_and_grad(lambda p, h: apart(p, h_0=h), (0, 1), has_aux=True)
+    def three_gradients(params, xs, h_0):
+        inputs = batch._replace(xs=xs)
+        separate = partial(separate_pieces_loss, batch=inputs)
+        expected = jax.value_and_grad(lambda p, h: separate(p, h_0=h), (0, 1), has_aux=True)
         value_and_grad = jax.value_and_grad(
-            lambda p, h: jaxrnn.sequence_loss(p, now, h), (0, 1), has_aux=True
+            lambda p, h: jaxrnn.sequence_loss(p, inputs, h), (0, 1), has_aux=True
         )
-        return expected(params, h_0), value_and_grad(params, h_0), jaxrnn.bptt(params, now, h_0)
+        return expected(params, h_0), value_and_grad(params, h_0), jaxrnn.bptt(params, inputs, h_0)
 
-    expected, by_autodiff, by_hand = all_three(params, jnp.asarray(batch.xs), jnp.asarray(h_0))
+    expected, by_autodiff, by_hand = three_gradients(
+        params, jnp.asarray(batch.xs), jnp.asarray(h_0)
+    )
     assert max(relative_errors(by_autodiff, expected)) <= 1e-13
     assert max(relative_errors(by_hand, (expected[0], expected[1][0]))) <= 1e-13
 
@@ -103,7 +107,7 @@ sequence_lengths = st.lists(st.integers(0, 7), min_size=1, max_size=6)
 
 
 @given(lengths=sequence_lengths, optional=st.booleans())
-def test_unpad_undoes_pad(lengths, optional):
+def test_unpad_inverts_pad(lengths, optional):
     rng = np.random.default_rng(len(lengths))
     sequences = [
         Batch(
@@ -117,9 +121,9 @@ def test_unpad_undoes_pad(lengths, optional):
     ]
     batch = jaxrnn.pad(sequences)
     assert batch.xs.shape == (max(lengths), len(lengths), 2)
-    exists = np.asarray(jaxrnn.mask_from_lengths(np.array(lengths), max(lengths)))
-    assert not batch.mask[~exists].any()
-    assert not batch.xs[~exists].any()
+    valid = np.asarray(jaxrnn.mask_from_lengths(np.array(lengths), max(lengths)))
+    assert not batch.mask[~valid].any()
+    assert not batch.xs[~valid].any()
     for sequence, again in zip(sequences, jaxrnn.unpad(batch, lengths), strict=True):
         mask = np.ones(len(sequence.xs), bool) if sequence.mask is None else sequence.mask
         for name, leaf in sequence._replace(mask=mask)._asdict().items():
@@ -131,7 +135,7 @@ def test_unpad_undoes_pad(lengths, optional):
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_padded_batch_has_the_outputs_of_each_sequence_alone():
+def test_a_padded_batch_has_the_outputs_of_its_sequences():
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2, dtype=jnp.float64)
     lengths, rng = [4, 0, 7], np.random.default_rng(0)
     sequences = [Batch(rng.normal(size=(T, 2)), rng.integers(0, 2, T)) for T in lengths]
@@ -169,13 +173,13 @@ def test_a_padded_batch_has_the_outputs_of_each_sequence_alone():
         ),
     ],
 )
-def test_pad_names_the_sequence_that_does_not_fit(sequences, message):
+def test_errors_of_pad_name_the_invalid_sequence(sequences, message):
     with pytest.raises((TypeError, ValueError), match=message):
         jaxrnn.pad(sequences)
 
 
 @pytest.mark.parametrize("lengths", [[1], [1, 4], [-1, 2]])
-def test_unpad_wants_a_length_for_each_sequence(lengths):
+def test_unpad_rejects_invalid_lengths(lengths):
     with pytest.raises(ValueError, match=r"lengths: expected 2 integers in 0..3, got"):
         jaxrnn.unpad(np.zeros((3, 2)), lengths)
 
@@ -184,7 +188,7 @@ def test_unpad_wants_a_length_for_each_sequence(lengths):
     lengths=st.lists(st.integers(0, 50), max_size=40),
     padding=st.sampled_from([0.0, 0.1, 0.3, 0.9]),
 )
-def test_buckets_hold_every_sequence_once_and_little_padding(lengths, padding):
+def test_buckets_hold_each_sequence_once_and_limit_the_padding(lengths, padding):
     found = jaxrnn.buckets(lengths, padding=padding)
     assert sorted(int(n) for bucket in found for n in bucket) == list(range(len(lengths)))
 
@@ -194,10 +198,10 @@ def test_buckets_hold_every_sequence_once_and_little_padding(lengths, padding):
 
     assert all(share(bucket) <= padding + 1e-12 for bucket in found)
     for bucket, after in pairwise(found):
-        assert share([*bucket, after[0]]) > padding - 1e-12, "a bucket ended too soon"
+        assert share([*bucket, after[0]]) > padding - 1e-12, "the next sequence would have fitted"
 
 
-def test_buckets_refuse_a_share_that_is_none():
+def test_buckets_reject_an_invalid_share():
     for padding in (1, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"padding: expected a share in \[0, 1\), got"):
             jaxrnn.buckets([1, 2], padding=padding)
