@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from experiments.cli import InputError, Stopped, flag
-from jaxrnn import TrainState, checkpoints, from_arrays, to_arrays
+from jaxrnn import TrainState, checkpoints
 from jaxrnn.checkpoints import CheckpointError
+from jaxrnn.serialization import from_arrays, to_arrays
 
 SAVE_EVERY = 30.0
 """Seconds between checkpoints if no number of steps is given."""
@@ -55,7 +56,7 @@ def holds_run(folder: Path) -> bool:
     """Whether the folder holds a run, finished or not."""
     metrics = folder / "metrics.jsonl"
     written = metrics.exists() and metrics.stat().st_size > 0
-    return written or (folder / "summary.json").exists() or bool(checkpoints.steps(folder))
+    return written or (folder / "summary.json").exists() or bool(checkpoints.saved_steps(folder))
 
 
 def check_no_run(folder: Path, ways_out: str) -> None:
@@ -71,8 +72,8 @@ def check_no_run(folder: Path, ways_out: str) -> None:
 
 def discard_run(folder: Path) -> None:
     """Removes the run that the folder holds, if any; an empty metrics.jsonl stays."""
-    for step in checkpoints.steps(folder):
-        checkpoints.file_of(folder, step).unlink()
+    for step in checkpoints.saved_steps(folder):
+        checkpoints.checkpoint_path(folder, step).unlink()
     (folder / "metrics.jsonl").write_bytes(b"")
     (folder / "summary.json").unlink(missing_ok=True)
 
@@ -139,7 +140,7 @@ class Run:
             self._read_metrics(self._found)
         elif not overwrite:
             # Without a checkpoint, --resume has nothing to continue: metrics alone stay protected.
-            resumes = "--resume continues it, " if checkpoints.steps(folder) else ""
+            resumes = "--resume continues it, " if checkpoints.saved_steps(folder) else ""
             check_no_run(
                 folder, f": {resumes}--overwrite discards it, another --out leaves it as it is"
             )
@@ -258,7 +259,7 @@ class Run:
 
     def _stop_if_signalled(self) -> None:
         if self._signal:
-            saved = checkpoints.steps(self.folder)[-1]
+            saved = checkpoints.saved_steps(self.folder)[-1]
             raise Stopped(
                 self._signal,
                 f"stopped after step {self.step}, saved at step {saved} in {self.folder}; "

@@ -72,7 +72,7 @@ def test_resume_is_bit_identical(kills, text, tmp_path, uninterrupted, during_up
         with pytest.raises(Killed):
             train(text, out, *(["--resume"] if number else []))
         monkeypatch.undo()
-        assert checkpoints.steps(out)[-1] == step // 6 * 6
+        assert checkpoints.saved_steps(out)[-1] == step // 6 * 6
     assert train(text, out, "--resume", "--checkpoint-every-steps", "4") == 0
     assert results(out) == uninterrupted
     assert uninterrupted["step"] == 20
@@ -187,7 +187,7 @@ def test_checkpoints_are_timed_by_default(during_update, text, tmp_path, monkeyp
     during_update(5, kill)
     with pytest.raises(Killed):
         char_lm.run(["--steps", "9", *SIZES, "--text", str(text), "--out", str(tmp_path)])
-    assert checkpoints.steps(tmp_path) == [3, 4]
+    assert checkpoints.saved_steps(tmp_path) == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,8 @@ def test_a_checkpoint_of_something_else_is_refused(done, text, capsys):
 
 
 def finite(out: Path) -> bool:
-    found = [checkpoints.load(checkpoints.file_of(out, step)) for step in checkpoints.steps(out)]
+    paths = [checkpoints.checkpoint_path(out, step) for step in checkpoints.saved_steps(out)]
+    found = [checkpoints.load(path) for path in paths]
     return all(np.isfinite(array).all() for each in found for array in each.arrays.values())
 
 
@@ -265,7 +266,7 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(text, tmp_path,
     assert not others
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row).get("skipped", 0) for row in rows] == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert checkpoints.steps(tmp_path) == [0]
+    assert checkpoints.saved_steps(tmp_path) == [0]
     assert finite(tmp_path)
 
 
@@ -290,4 +291,4 @@ def test_a_signal_while_updates_are_skipped_keeps_the_previous_checkpoint(
     during_update(8, skip_and_stop)
     assert train(text, tmp_path) == 143
     assert "stopped after step 8, saved at step 6" in capsys.readouterr().err
-    assert checkpoints.steps(tmp_path) == [0, 6]
+    assert checkpoints.saved_steps(tmp_path) == [0, 6]
