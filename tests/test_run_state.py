@@ -252,10 +252,8 @@ def test_a_checkpoint_of_something_else_is_refused(done, text, capsys):
 
 
 def finite(out: Path) -> bool:
-    found = [
-        checkpoints.load(checkpoints.checkpoint_path(out, step))
-        for step in checkpoints.saved_steps(out)
-    ]
+    paths = [checkpoints.checkpoint_path(out, step) for step in checkpoints.saved_steps(out)]
+    found = [checkpoints.load(path) for path in paths]
     return all(np.isfinite(array).all() for each in found for array in each.arrays.values())
 
 
