@@ -58,7 +58,8 @@ def step_weights(batch: Batch, dtype: DTypeLike = jnp.float32) -> Array:
 def divide_by_count(sums: Tree, count: Array) -> Tree:
     """sums / count for each leaf of a pytree; 0 / 0 is 0."""
     count = jnp.where(count == 0, jnp.ones_like(count), count)
-    return jax.tree.map(lambda leaf: leaf / count, sums)
+    means: Tree = jax.tree.map(lambda leaf: leaf / count, sums)
+    return means
 
 
 def mean_weights(batch: Batch, dtype: DTypeLike) -> Array:

@@ -123,13 +123,13 @@ def init(
 
     key_x, key_h, key_y = jax.random.split(key, 3)
     draw_dtype = at_least_float32(dtype)  # QR factorisation needs at least float32
-    params = Params(
+    drawn = Params(
         W_x=_fan_in(key_x, (hidden_size, input_size), draw_dtype),
         W_h=W_h_init(key_h, (hidden_size, hidden_size), draw_dtype),
         W_y=_fan_in(key_y, (output_size, hidden_size), draw_dtype),
         b_h=jnp.zeros(hidden_size, draw_dtype),
         b_y=jnp.zeros(output_size, draw_dtype),
     )
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    params: Params = jax.tree.map(lambda leaf: leaf.astype(dtype), drawn)
     check_params(params)
     return params

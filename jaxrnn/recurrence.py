@@ -103,7 +103,10 @@ def match_varying_axes(tree: Tree, like: Array) -> Tree:
     `where` varies as its arguments do, in every version of JAX; XLA removes it.
     """
     unread = lax.stop_gradient(like).sum()
-    return jax.tree.map(lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree)
+    marked: Tree = jax.tree.map(
+        lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree
+    )
+    return marked
 
 
 def recur(

@@ -127,7 +127,7 @@ def pad(sequences: Sequence[Batch]) -> Batch:
             padded[: len(leaf), n] = leaf
         return padded
 
-    padded = jax.tree.map(stack_padded, *(s._replace(mask=None) for s in sequences))
+    padded: Batch = jax.tree.map(stack_padded, *(s._replace(mask=None) for s in sequences))
     return padded._replace(mask=stack_padded(*masks))
 
 

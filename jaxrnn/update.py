@@ -127,7 +127,8 @@ def init_state(
     opt_state = optimizer.init(params) if _is_optax(optimizer) else ()  # type: ignore[union-attr]
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, opt_state, h, skipped=zero, key=key)
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    copy: TrainState = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    return copy
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -257,6 +258,7 @@ def make_update(
     def donate_unless_traced(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Under an outer vmap, XLA cannot reuse a donated state that is not mapped.
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, batch)))
-        return jitted(state, batch) if traced else donating(state, batch)
+        after: tuple[TrainState, Metrics] = (jitted if traced else donating)(state, batch)
+        return after
 
     return donate_unless_traced
