@@ -121,7 +121,7 @@ def pad(sequences: Sequence[Batch]) -> Batch:
         for sequence in sequences
     ]
 
-    def stack_padded(*leaves: Any) -> np.ndarray:
+    def stack_padded(*leaves: Any) -> Any:
         padded = np.zeros((max(lengths), len(lengths), *leaves[0].shape[1:]), leaves[0].dtype)
         for n, leaf in enumerate(leaves):
             padded[: len(leaf), n] = leaf

@@ -1,0 +1,172 @@
+"""What `fit` hands out: the best parameters, results that stay, early ends, no recompilation."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch, checkpoints
+
+
+@pytest.fixture
+def params():
+    return jaxrnn.init(jax.random.key(0), 3, 5, 2)
+
+
+@pytest.fixture
+def batch():
+    xs = jax.random.normal(jax.random.key(1), (7, 6, 3))
+    return Batch(xs, jax.random.normal(jax.random.key(2), (7, 6, 2)))
+
+
+REGRESSION = partial(jaxrnn.bptt, loss=jaxrnn.squared_error)
+
+
+def loss(params, batch):
+    return jaxrnn.sequence_loss(params, batch, loss=jaxrnn.squared_error)[0]
+
+
+def fit(params, train, *arguments, optimizer=None, **keywords):
+    keywords = {"gradient_fn": REGRESSION, "max_epochs": 4} | keywords
+    optimizer = optimizer or optax.sgd(0.1)
+    return jaxrnn.fit(jax.random.key(3), params, train, *arguments, optimizer=optimizer, **keywords)
+
+
+def as_bytes(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_without_held_out_data_best_has_the_lowest_loss_that_was_measured(
+    as_batches, params, batch
+):
+    """The learning rate is so high that the loss rises: the loss before an epoch's updates is not
+    that of the parameters after them."""
+    train = [batch] if as_batches else batch
+    result = fit(params, train, optimizer=optax.sgd(1.5), patience=20, max_epochs=8)
+    losses = [row.valid_loss for row in result.history]
+    assert losses != sorted(losses, reverse=True)
+    np.testing.assert_allclose(loss(result.best, batch), min(losses), rtol=1e-5)
+    np.testing.assert_allclose(result.history[0].train_loss, loss(params, batch), rtol=1e-5)
+    np.testing.assert_allclose(result.history[1].train_loss, losses[0], rtol=1e-5)
+
+
+def test_an_iterable_that_changes_is_iterated_once_per_epoch(params, batch):
+    reads = []
+
+    class Stream:
+        def __iter__(self):
+            reads.append(1)
+            return iter([batch._replace(xs=batch.xs + len(reads))])
+
+    result = fit(params, Stream())
+    assert len(reads) == len(result.history) == 4
+    assert [row.valid_loss for row in result.history] == [row.train_loss for row in result.history]
+
+
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_a_one_pass_iterator_is_refused_where_it_would_be_empty_in_the_second_epoch(
+    name, params, batch
+):
+    data = {"train": [batch], "valid": [batch]} | {name: jaxrnn.windows(batch, 3)}
+    with pytest.raises(ValueError, match=f"^{name}: expected batches that can be iterated once"):
+        fit(params, data["train"], data["valid"])
+    data[name] = jaxrnn.windows(batch, 3)
+    assert len(fit(params, data["train"], data["valid"], max_epochs=1).history) == 1
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_held_out_data_in_which_no_step_counts_are_refused(empty, params, batch):
+    valid = [] if empty else batch._replace(mask=jnp.zeros((7, 6), bool))
+    with pytest.raises(ValueError, match=r"^valid: expected at least one step that counts, got no"):
+        fit(params, batch, valid)
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_a_fit_that_was_handed_out_never_changes(as_batches, params, batch):
+    kept, copies = [], []
+
+    def keep(result):
+        kept.append(result)
+        copies.append((as_bytes(result), result.history))
+
+    result = fit(params, [batch] if as_batches else batch, callback=keep)
+    for fit_then, copy in zip(kept, copies, strict=True):
+        assert (as_bytes(fit_then), fit_then.history) == copy
+    again = fit(params, [batch] if as_batches else batch, resume=kept[1])
+    assert as_bytes(again) == as_bytes(result)
+    assert as_bytes(kept[1]) == copies[1][0]
+
+
+def test_a_callback_ends_training_by_returning_true(params, batch):
+    result = fit(params, batch, callback=lambda result: len(result.history) == 2)
+    assert len(result.history) == 2
+    assert not result.converged
+    assert as_bytes(fit(params, batch, resume=result)) == as_bytes(fit(params, batch))
+
+
+@pytest.mark.parametrize("as_batches", [False, True])
+def test_an_interrupt_returns_the_result_of_the_last_whole_epoch(as_batches, params, batch):
+    class Interrupted(list):
+        epochs = 0
+
+        def __iter__(self):
+            yield batch
+            self.epochs += 1
+            if self.epochs == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    train, valid = (Interrupted(), batch) if as_batches else (batch, Interrupted())
+    with pytest.warns(UserWarning, match="interrupted: fit returns the result of epoch 2"):
+        result = fit(params, train, valid)
+    assert len(result.history) == 2
+    assert np.isfinite(loss(result.state.params, batch))
+
+
+def test_the_same_call_again_does_not_trace_again(params, batch):
+    traces = []
+
+    def gradient_fn(params, batch, h):
+        traces.append(1)
+        return REGRESSION(params, batch, h)
+
+    run = partial(fit, params, batch, batch, gradient_fn=gradient_fn, optimizer=optax.adam(1e-2))
+    first = run()
+    count = len(traces)
+    assert as_bytes(run()) == as_bytes(first)
+    assert len(traces) == count
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf")])
+def test_a_tolerance_that_is_not_finite_is_refused(tolerance, params, batch):
+    with pytest.raises(ValueError, match=f"^tolerance: expected a finite number, got {tolerance}"):
+        fit(params, batch, tolerance=tolerance)
+
+
+def test_a_folder_with_another_run_is_not_overwritten(params, batch, tmp_path):
+    save = partial(jaxrnn.save_fit, tmp_path)
+    whole = fit(params, batch, callback=save)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(checkpoints.CheckpointError, match="expected no checkpoint of epoch 1 or"):
+        fit(params, batch, callback=save)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    found = jaxrnn.load_fit(tmp_path, params, optax.sgd(0.1))
+    longer = fit(params, batch, callback=save, resume=found, max_epochs=6)
+    assert checkpoints.saved_steps(tmp_path) == [5, 6]
+    assert longer.history[:4] == whole.history
+
+
+def test_a_damaged_newer_checkpoint_is_written_again(params, batch, tmp_path):
+    save = partial(jaxrnn.save_fit, tmp_path)
+    whole = fit(params, batch, callback=save)
+    path = checkpoints.checkpoint_path(tmp_path, 4)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="checkpoint-4"):
+        found = jaxrnn.load_fit(tmp_path, params, optax.sgd(0.1))
+    assert as_bytes(fit(params, batch, callback=save, resume=found)) == as_bytes(whole)
+    assert checkpoints.saved_steps(tmp_path) == [3, 4]
