@@ -23,10 +23,11 @@ from jaxrnn.batches import Batch, check_batch, divide_by_count, step_weights, wh
 from jaxrnn.losses import Loss, check_loss, cross_entropy
 from jaxrnn.params import Params, at_least_float32, check_params
 from jaxrnn.recurrence import (
+    block_steps,
     initial_state,
     input_product,
-    loop_config,
     match_varying_axes,
+    near_divisor,
     previous,
     readout,
     recur,
@@ -122,8 +123,8 @@ def bptt(
       h_0: (*batch, H); zeros if None. It gets no gradient; `jax.grad(sequence_loss)` gives one.
       activation: f.
       loss: g and its loss.
-      checkpoint_every: K stores only every K-th state and recomputes the others: one more forward
-        pass, and memory proportional to T/K + K instead of T. None stores all states.
+      checkpoint_every: K stores only about every K-th state and recomputes the others: one more
+        forward pass, and memory proportional to T/K + K instead of T. None stores all states.
 
     Returns:
       (L, h_T), grads: a scalar in float32 at least, (*batch, H), and Params in the parameters'
@@ -151,7 +152,7 @@ def bptt(
     T = batch.xs.shape[0]
     if T == 0:
         return (jnp.zeros((), dtype), h_0), jax.tree.map(jnp.zeros_like, params)
-    K = min(checkpoint_every or loop_config().block_steps, T)
+    K = near_divisor(T, checkpoint_every) if checkpoint_every else block_steps(T, h_0.size)
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
         hs = block_states(params, block, h, activation)

@@ -9,7 +9,7 @@ the loops. Where `mask` is False the state, or the gradient, passes the step unc
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +23,31 @@ from jaxrnn.params import Params, at_least_float32
 Tree = TypeVar("Tree")
 
 
-class LoopConfig(NamedTuple):
-    """Scan unrolling and block length, per backend, as measured in experiments/README.md.
+def scan_unroll() -> int:
+    """Steps unrolled in the body of a loop over time. A GPU idles between two iterations."""
+    return 8 if jax.default_backend() == "gpu" else 1
 
-    Attributes:
-      unroll: steps unrolled in a loop's body. A GPU idles between two iterations of a loop.
-      block_steps: steps whose products `bptt` takes together: few enough to stay in a CPU's cache,
-        enough to fill a GPU.
+
+def block_steps(T: int, step_size: int) -> int:
+    """The steps of a block, whose products `bptt` takes together.
+
+    A block is small enough to stay in the cache of a CPU, and large enough that its products
+    outweigh the addition of its gradient to the sums. A GPU wants larger blocks. Measured, see
+    experiments/README.md.
+
+    Args:
+      T: the number of steps.
+      step_size: B H, the numbers in the states of one step.
     """
+    if jax.default_backend() == "gpu":
+        return near_divisor(T, 128)
+    return near_divisor(T, 32)
 
-    unroll: int
-    block_steps: int
 
-
-def loop_config() -> LoopConfig:
-    """The configuration for the default backend."""
-    return LoopConfig(8, 128) if jax.default_backend() == "gpu" else LoopConfig(1, 32)
+def near_divisor(T: int, K: int) -> int:
+    """The divisor of T nearest to K within a factor of two; K if there is none, at most T."""
+    divisors = [k for k in range(-(-K // 2), 2 * K + 1) if T % k == 0]
+    return min(divisors, key=lambda k: max(k / K, K / k), default=min(K, T))
 
 
 def input_product(params: Params, xs: Array) -> Array:
@@ -137,7 +146,7 @@ def recur(
         h = hold(valid, activation.f(z), h)  # h_t = f(z_t)
         return h, h
 
-    return lax.scan(body, h_0, (zs_x, mask, reset), unroll=loop_config().unroll)[1]
+    return lax.scan(body, h_0, (zs_x, mask, reset), unroll=scan_unroll())[1]
 
 
 def reverse_scan(
@@ -170,7 +179,7 @@ def reverse_scan(
         return dh_next, (dh, dz)
 
     inputs = dhs_y, f_primes, mask, reset
-    return lax.scan(body, dh_next, inputs, reverse=True, unroll=loop_config().unroll)
+    return lax.scan(body, dh_next, inputs, reverse=True, unroll=scan_unroll())
 
 
 hoisted_recur = jax.custom_jvp(recur, nondiff_argnums=(0,))
@@ -198,7 +207,7 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
         return h_dot, h_dot
 
     inputs = zs_dot, activation.df(hs), mask, reset
-    return hs, lax.scan(body, h_0_dot, inputs, unroll=loop_config().unroll)[1]
+    return hs, lax.scan(body, h_0_dot, inputs, unroll=scan_unroll())[1]
 
 
 def scan_blocks(
@@ -206,42 +215,44 @@ def scan_blocks(
     carry: Any,
     batch: Batch,
     block_steps: int,
-    saved: tuple[Any, Any] = (None, None),
+    saved: Any = None,
     *,
     reverse: bool = False,
-) -> tuple[Any, tuple[Any, Any]]:
+) -> tuple[Any, Any]:
     """A scan over blocks of time: `carry, out = body(carry, block, saved_for_block)` for each.
 
     Args:
-      body: applied to one block after the other, from the last to the first if `reverse`.
+      body: applied to one block after the other.
       carry: what passes from block to block.
       batch: Batch of T steps.
-      block_steps: K. The first T // K blocks have K steps; a shorter tail follows if T % K > 0.
-      saved: what an earlier call over the same blocks returned as its outputs.
+      block_steps: K, the steps of a block.
+      saved: the outputs of an earlier call over the same blocks.
       reverse: from the last block to the first.
 
     Returns:
-      The last carry, and the outputs: those of the blocks of K steps stacked, and that of the tail.
+      The last carry, and the outputs of all blocks.
     """
     K, T = block_steps, batch.xs.shape[0]
-    saved_blocks, saved_tail = saved
+    if K == T:
+        return body(carry, batch, saved)
 
-    def scan(carry: Any) -> tuple[Any, Any]:
-        def scan_body(carry: Any, inputs: Any) -> tuple[Any, Any]:
-            k, saved_block = inputs
-            block = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, k * K, K), batch)
-            return body(carry, block, saved_block)
+    def scan_body(carry: Any, inputs: Any) -> tuple[Any, Any]:
+        k, saved_block = inputs
+        return body(carry, block_at(k, batch, K), saved_block)
 
-        return lax.scan(scan_body, carry, (jnp.arange(T // K), saved_blocks), reverse=reverse)
+    return lax.scan(scan_body, carry, (jnp.arange(-(-T // K)), saved), reverse=reverse)
 
+
+def block_at(k: Array, batch: Batch, K: int) -> Batch:
+    """Steps k K to (k + 1) K of the batch.
+
+    If K does not divide T, the last block starts at T - K, and its mask excludes the steps that it
+    shares with the block before.
+    """
+    T, start = batch.xs.shape[0], k * K
+    block: Batch = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, K), batch)
     if T % K == 0:
-        carry, blocks = scan(carry)
-        return carry, (blocks, None)
-    tail = jax.tree.map(lambda leaf: leaf[T // K * K :], batch)
-    if reverse:
-        carry, last = body(carry, tail, saved_tail)
-        carry, blocks = scan(carry)
-    else:
-        carry, blocks = scan(carry)
-        carry, last = body(carry, tail, saved_tail)
-    return carry, (blocks, last)
+        return block
+    is_new = jnp.minimum(start, T - K) + jnp.arange(K) >= start
+    mask = jnp.ones(steps_shape(block.xs), bool) if block.mask is None else block.mask
+    return block._replace(mask=mask & per_step(is_new, mask))
