@@ -35,7 +35,23 @@ def check_activation(activation: Any) -> None:
         raise TypeError(f"activation: expected an Activation(f, df), got {activation!r}")
 
 
-# Named functions, unlike lambdas, can be pickled.
+# Functions of this module can be pickled, unlike lambdas and those that JAX wraps.
+def _tanh(z: Array) -> Array:
+    return jnp.tanh(z)
+
+
+def _relu(z: Array) -> Array:
+    return jax.nn.relu(z)
+
+
+def _sigmoid(z: Array) -> Array:
+    return jax.nn.sigmoid(z)
+
+
+def _identity(z: Array) -> Array:
+    return z
+
+
 def _tanh_prime(h: Array) -> Array:
     return 1 - h * h
 
@@ -48,11 +64,11 @@ def _sigmoid_prime(h: Array) -> Array:
     return h * (1 - h)
 
 
-def _identity(z: Array) -> Array:
-    return z
+def _identity_prime(h: Array) -> Array:
+    return jnp.ones_like(h)
 
 
-tanh = Activation(f=jnp.tanh, df=_tanh_prime)
-relu = Activation(f=jax.nn.relu, df=_relu_prime)
-sigmoid = Activation(f=jax.nn.sigmoid, df=_sigmoid_prime)
-identity = Activation(f=_identity, df=jnp.ones_like)
+tanh = Activation(f=_tanh, df=_tanh_prime)
+relu = Activation(f=_relu, df=_relu_prime)
+sigmoid = Activation(f=_sigmoid, df=_sigmoid_prime)
+identity = Activation(f=_identity, df=_identity_prime)

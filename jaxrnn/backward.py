@@ -10,6 +10,7 @@ block of time after another, so only the hidden states are ever T steps long, an
 `checkpoint_every` these are recomputed.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -86,17 +87,19 @@ def block_gradient(
     dtype = at_least_float32(params.W_h.dtype)
     xs, targets = (where_exists(block.mask, leaf) for leaf in (block.xs, block.targets))
     weights = step_weights(block, dtype)
-    ys = readout(params, hs).astype(dtype)
+    hs_y = where_exists(block.mask, hs)
+    ys = readout(params, hs_y).astype(dtype)
     value = (weights * loss.value(ys, targets)).sum()
     dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
 
     dhs_y, f_primes = dys @ params.W_y, activation.df(hs)
     dh_next, (_, dzs) = reverse_scan(params.W_h, dh_next, dhs_y, f_primes, block.mask, block.reset)
 
+    hs_before = previous(hs, h_0, block.mask, block.reset)
     grads = Params(
         W_x=input_outer_sum(dzs, xs, params.W_x.shape[1], dtype),
-        W_h=outer_sum(dzs, previous(hs, h_0, block.reset), dtype),
-        W_y=outer_sum(dys, hs, dtype),
+        W_h=outer_sum(dzs, hs_before, dtype),
+        W_y=outer_sum(dys, hs_y, dtype),
         b_h=bias_sum(dzs, dtype),
         b_y=bias_sum(dys, dtype),
     )
@@ -152,7 +155,9 @@ def bptt(
     T = batch.xs.shape[0]
     if T == 0:
         return (jnp.zeros((), dtype), h_0), jax.tree.map(jnp.zeros_like, params)
-    K = near_divisor(T, checkpoint_every) if checkpoint_every else block_steps(T, h_0.size)
+    (O, H), B = params.W_y.shape, math.prod(h_0.shape[:-1])
+    I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
+    K = near_divisor(T, checkpoint_every) if checkpoint_every else block_steps(T, B, I, H, O)
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
         hs = block_states(params, block, h, activation)

@@ -55,6 +55,19 @@ def _numbers(y: Array, target: Array) -> Array:
     return target.astype(y.dtype)
 
 
+# Functions of this module can be pickled, unlike lambdas and those that JAX wraps.
+def _softmax(y: Array) -> Array:
+    return jax.nn.softmax(y)
+
+
+def _sigmoid(y: Array) -> Array:
+    return jax.nn.sigmoid(y)
+
+
+def _identity(y: Array) -> Array:
+    return y
+
+
 def _cross_entropy(y: Array, target: Array) -> Array:
     y = y - jax.lax.stop_gradient(y.max(axis=-1, keepdims=True))
     return jnp.log(jnp.exp(y).sum(axis=-1)) - (_distribution(y, target) * y).sum(axis=-1)
@@ -62,10 +75,6 @@ def _cross_entropy(y: Array, target: Array) -> Array:
 
 def _cross_entropy_error(y: Array, target: Array) -> Array:
     return jax.nn.softmax(y) - _distribution(y, target)
-
-
-def _identity(y: Array) -> Array:
-    return y
 
 
 def _squared_error(y: Array, target: Array) -> Array:
@@ -85,7 +94,7 @@ def _binary_cross_entropy_error(y: Array, target: Array) -> Array:
     return jax.nn.sigmoid(y) - _numbers(y, target)
 
 
-cross_entropy = Loss(g=jax.nn.softmax, value=_cross_entropy, error=_cross_entropy_error)
+cross_entropy = Loss(g=_softmax, value=_cross_entropy, error=_cross_entropy_error)
 """g = softmax, l = -sum_o target_o log y_hat_o; targets are integer labels (*batch,) or
 distributions (*batch, O)."""
 
@@ -93,7 +102,7 @@ squared_error = Loss(g=_identity, value=_squared_error, error=_squared_error_err
 """g = identity, l = sum_o (y_o - target_o)^2 / 2; targets (*batch, O)."""
 
 binary_cross_entropy = Loss(
-    g=jax.nn.sigmoid, value=_binary_cross_entropy, error=_binary_cross_entropy_error
+    g=_sigmoid, value=_binary_cross_entropy, error=_binary_cross_entropy_error
 )
 """g = sigmoid, l = -sum_o [target_o log y_hat_o + (1 - target_o) log(1 - y_hat_o)]; targets
 (*batch, O) in [0, 1]."""

@@ -4,12 +4,16 @@ from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrnn.batches import Batch, divide_by_count, step_weights, steps_shape
 from jaxrnn.gradients import GradientFn, value_dtype
 from jaxrnn.recurrence import match_varying_axes
+
+
+def _reshard(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, sharding), tree)
 
 
 def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
@@ -54,12 +58,9 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
         value, grads = jax.tree.map(lambda d, like: d.astype(like.dtype), means, (value, grads))
         return (value, h_T), grads
 
-    shard_map = jax.shard_map(
-        shard_gradient,
-        mesh=mesh,
-        in_specs=(P(), P(None, axis), P(axis), P()),
-        out_specs=((P(), P(axis)), P()),
-    )
+    in_specs = P(), P(None, axis), P(axis), P()
+    out_specs = (P(), P(axis)), P()
+    shard_map = jax.shard_map(shard_gradient, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
     def sharded_gradient(
         params: Any, batch: Batch, h_0: Any = None, *, key: Array | None = None
@@ -69,6 +70,11 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
             raise ValueError(
                 f"batch: expected a first batch axis that is a multiple of {mesh.shape[axis]} "
                 f"devices, got xs of shape {batch.xs.shape}"
+            )
+        if AxisType.Explicit in mesh.axis_types:
+            params, batch, h_0, key = (
+                _reshard(tree, NamedSharding(mesh, spec))
+                for tree, spec in zip((params, batch, h_0, key), in_specs, strict=True)
             )
         return shard_map(params, batch, h_0, key)
 

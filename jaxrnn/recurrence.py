@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation
@@ -28,20 +30,25 @@ def scan_unroll() -> int:
     return 8 if jax.default_backend() == "gpu" else 1
 
 
-def block_steps(T: int, step_size: int) -> int:
-    """The steps of a block, whose products `bptt` takes together.
+def block_steps(T: int, B: int, I: int, H: int, O: int) -> int:
+    """The steps of a block, whose products `bptt` takes together. Measured: experiments/README.md.
 
-    A block is small enough to stay in the cache of a CPU, and large enough that its products
-    outweigh the addition of its gradient to the sums. A GPU wants larger blocks. Measured, see
-    experiments/README.md.
+    On a CPU, the arrays of a block stay in the cache, yet its products have 512 rows or more, which
+    outweighs the addition of its gradient to the sums. A GPU wants larger blocks. A block copies
+    its inputs; if they are larger than all states, there is one block.
 
     Args:
       T: the number of steps.
-      step_size: B H, the numbers in the states of one step.
+      B: the product of the batch axes.
+      I: the features of an input; 0 for tokens.
+      H: the hidden size.
+      O: the output size.
     """
     if jax.default_backend() == "gpu":
         return near_divisor(T, 128)
-    return near_divisor(T, 32)
+    size = max(1, B * max(I, H, O))
+    K = min(512, max(1, 2**17 // size, 512 // max(1, B)))
+    return T if 4 * T * H <= K * I else near_divisor(T, K)
 
 
 def near_divisor(T: int, K: int) -> int:
@@ -53,7 +60,7 @@ def near_divisor(T: int, K: int) -> int:
 def input_product(params: Params, xs: Array) -> Array:
     """W_x x + b_h, for one step or for all at once. A token x selects a column of W_x."""
     if checks.is_integer(xs):
-        return add_bias(params.W_x.T[xs], params.b_h)
+        return add_bias(select_rows(params.W_x.T, xs), params.b_h)
     return add_bias(xs.astype(params.W_x.dtype) @ params.W_x.T, params.b_h)
 
 
@@ -77,6 +84,14 @@ def readout(params: Params, hs: Array) -> Array:
     return add_bias(hs @ params.W_y.T, params.b_y)
 
 
+def select_rows(W: Array, tokens: Array) -> Array:
+    """W[tokens], split over devices as the tokens are."""
+    sharding = jax.typeof(tokens).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return W[tokens]
+    return W.at[tokens].get(out_sharding=NamedSharding(sharding.mesh, P(*sharding.spec, None)))
+
+
 def add_bias(products: Array, b: Array) -> Array:
     """products + b, added in float32 at least, because autodiff sums db in that dtype."""
     dtype = at_least_float32(b.dtype)
@@ -93,15 +108,18 @@ def unless_reset(reset: Array | None, h: Array) -> Array:
     return h if reset is None else jnp.where(per_step(reset, h), jnp.zeros_like(h), h)
 
 
-def previous(hs: Array, h_0: Array, reset: Array | None) -> Array:
-    """h_{t-1} as step t reads it: the states shifted by one step, zeros after a reset."""
-    return unless_reset(reset, jnp.concatenate([h_0[None], hs[:-1]])[: hs.shape[0]])
+def previous(hs: Array, h_0: Array, mask: Array | None, reset: Array | None) -> Array:
+    """h_{t-1} as step t reads it, zeros after a reset and where step t does not exist."""
+    shifted = jnp.concatenate([h_0[None], hs[:-1]])[: hs.shape[0]]
+    return where_exists(mask, unless_reset(reset, shifted))
 
 
 def initial_state(params: Params, xs: Array, h_0: Array | None) -> Array:
-    """h_0 in the parameters' dtype; zeros if None."""
-    shape = (*steps_shape(xs)[1:], params.W_h.shape[0])
-    h_0 = jnp.zeros(shape, params.W_h.dtype) if h_0 is None else h_0.astype(params.W_h.dtype)
+    """h_0 in the parameters' dtype; zeros if None, split over devices as the inputs are."""
+    if h_0 is None:
+        h_0 = jnp.zeros((*steps_shape(xs)[1:], params.W_h.shape[0]))
+        h_0 = jnp.zeros_like(input_product(params, xs[0])) if xs.shape[0] else h_0
+    h_0 = h_0.astype(params.W_h.dtype)
     return match_varying_axes(match_varying_axes(h_0, xs), params.W_h)
 
 
@@ -198,7 +216,7 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
     W_h, zs_x, h_0, mask, reset = primals
     W_h_dot, zs_dot, h_0_dot, _, _ = tangents
     hs = hoisted_recur(activation, W_h, zs_x, h_0, mask, reset)
-    zs_dot = zs_dot + previous(hs, h_0, reset) @ W_h_dot.T
+    zs_dot = zs_dot + previous(hs, h_0, mask, reset) @ W_h_dot.T
 
     def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
         z_dot, f_prime, valid, reset_t = inputs
