@@ -1,8 +1,8 @@
-"""Adding: what does it take to remember two numbers for T steps?
+"""Adding: which training methods teach a network to remember two numbers over T steps?
 
-The sum of the two marked numbers of T, one in each half (Hochreiter and Schmidhuber 1997, task 4,
-as Le, Jaitly and Hinton 2015 have it); wrong is more than 0.2 off. The ways to train are those of
-long_lag_tasks.
+Two of T random numbers are marked, one in each half. The target at the last step is their sum
+(Hochreiter and Schmidhuber 1997, task 4, in the version of Le, Jaitly and Hinton 2015). An output
+is wrong if it is off by more than 0.2. The training methods are those of long_lag_tasks.
 
     python -m experiments.adding --out runs/adding
 """
@@ -22,7 +22,7 @@ from jaxrnn import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Config(long_lag_tasks.Config):
-    """Success rates in adding against T, for four ways to train."""
+    """Success rate in adding against the sequence length, for four training methods."""
 
     lengths: tuple[int, ...] = (50, 150)
     """Sequence lengths T."""
@@ -35,7 +35,7 @@ class Config(long_lag_tasks.Config):
 
 
 def adding_batch(key, T: int, B: int) -> Batch:
-    """Uniform numbers, and beside them marks: one in each half. The target is a sum."""
+    """Uniform numbers and marks, one mark in each half; the target is the sum of the marked."""
     key_numbers, key_first, key_second = jax.random.split(key, 3)
     numbers = jax.random.uniform(key_numbers, (T, B))
     first = jax.random.randint(key_first, (B,), 0, T // 2)

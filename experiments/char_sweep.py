@@ -1,9 +1,8 @@
-"""What do the carried state, the window and the size of a character model give for their time?
+"""Character models: how do window, carried state and hidden size trade training time for loss?
 
-Every network reads the same number of characters: one with a window of 16 steps makes 16 times the
-updates of one with 256. Held-out text is always read in one go, the state carried. A torch `nn.RNN`
-of the same initial weights, batches and optimiser runs beside it, in a process of its own; without
-torch it is left out.
+Every network reads the same number of characters, so a window of 16 steps means 16 times as many
+updates as one of 256. The state is always carried through held-out text. A torch `nn.RNN` with the
+same initial weights, batches and optimiser is trained in a separate process, if torch is installed.
 
     python -m experiments.char_sweep --text tinyshakespeare.txt --out runs/char_sweep
 """
@@ -32,30 +31,31 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import cli
 from experiments.char_data import endless_windows, read_text, split, streams
-from experiments.reports import Report, mean_and_spread
+from experiments.multi_seed import nan_if_skipped
+from experiments.reports import Report, finite, mean_and_spread
 from jaxrnn import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Bits per character against seconds: windows, carry, hidden sizes, and torch beside it."""
+    """Bits per character against seconds, for windows, carried state, hidden sizes and torch."""
 
     text: Path | None = None
-    """A UTF-8 text file. By default CPython's own documentation, `pydoc_data.topics`."""
+    """A UTF-8 text file; by default CPython's documentation, `pydoc_data.topics`."""
     characters: int = 1_000_000
     """Training characters for each network."""
     windows: tuple[int, ...] = (16, 64, 256)
-    """Steps of backpropagation through time, T; hidden sizes are compared at the middle one."""
+    """Steps of backpropagation through time, T; hidden sizes are compared at the middle value."""
     hidden_sizes: tuple[int, ...] = (128, 256, 512)
-    """Hidden units, H; windows are compared at the middle one."""
+    """Hidden units, H; windows are compared at the middle value."""
     batch_size: int = 32
     """Parallel streams of text, B."""
     learning_rate: float = 2e-3
-    """Learning rate of Adam; the gradient's norm is clipped at 1."""
+    """Learning rate of Adam; the norm of the gradient is clipped at 1."""
     checks: int = 5
     """Number of evenly spaced evaluations on held-out text."""
     seeds: int = 3
-    """Number of networks, trained in sequence because their time is measured."""
+    """Number of networks, trained one after another because their time is measured."""
     seed: int = 0
     """The first seed."""
     out: Path = Path("runs/char_sweep")
@@ -84,7 +84,14 @@ SMOKE = {
 
 
 class Setting(NamedTuple):
-    """One network: H, T, whether the state is carried from window to window, and its seed."""
+    """The settings of one network.
+
+    Attributes:
+      hidden_size: H.
+      window: T.
+      carry: the state is carried from window to window.
+      seed: of the initial parameters.
+    """
 
     hidden_size: int
     window: int
@@ -92,8 +99,8 @@ class Setting(NamedTuple):
     seed: int
 
 
-Steps = Iterator[tuple[float, float]]
-"""At each check, the seconds of training so far and the held-out bits per character."""
+Checks = Iterator[tuple[float, float]]
+"""At each check, the seconds of training and the bits per character on held-out text."""
 
 
 def middle(values: Sequence[int]) -> int:
@@ -101,7 +108,7 @@ def middle(values: Sequence[int]) -> int:
 
 
 def settings(config: Config) -> list[Setting]:
-    """Windows, with the state carried and without, and hidden sizes with it."""
+    """Windows with and without carried state, then hidden sizes with carried state."""
     H, T = middle(config.hidden_sizes), middle(config.windows)
     shapes = [(H, window, carry) for window in config.windows for carry in (True, False)]
     shapes += [(size, T, True) for size in config.hidden_sizes if size != H]
@@ -113,37 +120,39 @@ def updates_of(config: Config, setting: Setting) -> int:
     return config.characters // (config.batch_size * setting.window)
 
 
-def is_check(config: Config, setting: Setting, done: int) -> bool:
-    """Whether another share of the updates is done, of as many shares as there are checks."""
+def is_check(config: Config, setting: Setting, n: int) -> bool:
+    """Whether a check follows this update: `config.checks` of them, evenly spaced."""
     updates = updates_of(config, setting)
-    return done * config.checks // updates > (done - 1) * config.checks // updates
+    return n * config.checks // updates > (n - 1) * config.checks // updates
 
 
 def train_jaxrnn(
     config: Config, setting: Setting, params: Params, stream: Batch, valid: Batch
-) -> Steps:
+) -> Checks:
     H, T, carry, _ = setting
     zeros = jnp.zeros((config.batch_size, H))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
     update = jaxrnn.make_update(jaxrnn.bptt, optimizer)
     state = jaxrnn.init_state(params, optimizer, h=zeros if carry else None)
-    updates = updates_of(config, setting)
-    seconds, start = 0.0, time.perf_counter()
-    batches = endless_windows(stream, T, seen=0)
-    for done, (anew, batch) in zip(range(1, updates + 1), batches, strict=False):
-        if anew and carry:
+    updates = range(1, updates_of(config, setting) + 1)
+    seconds, start, skipped = 0.0, time.perf_counter(), []
+    for n, (new_pass, batch) in zip(updates, endless_windows(stream, T, seen=0), strict=False):
+        if new_pass and carry:
             state = state._replace(h=jnp.zeros_like(zeros))
-        state, _ = update(state, batch)
-        if is_check(config, setting, done):
+        state, metrics = update(state, batch)
+        skipped.append(metrics.skipped)
+        if is_check(config, setting, n):
             jax.block_until_ready(state)
             seconds += time.perf_counter() - start
+            state = state._replace(params=nan_if_skipped(state.params, np.array(skipped)))
             nats = jaxrnn.evaluate(state.params, jaxrnn.windows(valid, 1024), zeros)
             yield seconds, nats / math.log(2)
+            skipped.clear()
             start = time.perf_counter()
 
 
-def train_torch(config: Config, setting: Setting, weights, stream: Batch, valid: Batch) -> Steps:
-    """The same in torch; `weights` are what `jaxrnn.interop.to_torch` gives."""
+def train_torch(config: Config, setting: Setting, weights, stream: Batch, valid: Batch) -> Checks:
+    """The same in torch, from the weights that `jaxrnn.interop.to_torch` returns."""
     import torch
 
     H, T, carry, _ = setting
@@ -151,7 +160,7 @@ def train_torch(config: Config, setting: Setting, weights, stream: Batch, valid:
     rnn, linear = torch.nn.RNN(V, H), torch.nn.Linear(H, V)
     for module, arrays in zip((rnn, linear), weights, strict=True):
         module.load_state_dict({name: torch.tensor(leaf) for name, leaf in arrays.items()})
-    rnn.bias_hh_l0.requires_grad_(False)  # a second bias, which the equations do not have
+    rnn.bias_hh_l0.requires_grad_(False)  # a second bias, redundant
     parameters = [p for p in (*rnn.parameters(), *linear.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
 
@@ -169,59 +178,58 @@ def train_torch(config: Config, setting: Setting, weights, stream: Batch, valid:
                 nats += value.item() * batch.xs.size
         return nats / valid.xs.size
 
-    updates = updates_of(config, setting)
+    updates = range(1, updates_of(config, setting) + 1)
     seconds, start, h = 0.0, time.perf_counter(), None
-    batches = endless_windows(stream, T, seen=0)
-    for done, (anew, batch) in zip(range(1, updates + 1), batches, strict=False):
+    for n, (new_pass, batch) in zip(updates, endless_windows(stream, T, seen=0), strict=False):
         optimizer.zero_grad()
-        value, h = loss_and_state(batch, None if anew or not carry else h)
+        value, h = loss_and_state(batch, None if new_pass or not carry else h)
         value.backward()
         h = h.detach()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if is_check(config, setting, done):
+        if is_check(config, setting, n):
             seconds += time.perf_counter() - start
             yield seconds, held_out() / math.log(2)
             start = time.perf_counter()
 
 
-def train_torch_whole(*arguments) -> list[tuple[float, float]]:
-    """What another process can send back."""
+def train_torch_in_process(*arguments) -> list[tuple[float, float]]:
+    """All checks of `train_torch`, as a list, which another process can return."""
     return list(train_torch(*arguments))
 
 
-def curve(ax, rows: list[dict], style: str, label: str) -> None:
-    """The mean over seeds, and the range that they span."""
+def plot_curve(ax, rows: list[dict], style: str, label: str) -> None:
+    """The mean over seeds, with their range."""
     if not rows:
         return
     checks = sorted({row["check"] for row in rows})
-    parts = [[row for row in rows if row["check"] == check] for check in checks]
-    seconds = [np.mean([row["seconds"] for row in part]) for part in parts]
-    bits = [[row["valid_bpc"] for row in part] for part in parts]
-    (line,) = ax.plot(seconds, [np.mean(b) for b in bits], style, ms=4, label=label)
-    low, high = [min(b) for b in bits], [max(b) for b in bits]
-    ax.fill_between(seconds, low, high, alpha=0.2, color=line.get_color())
+    by_check = [[row for row in rows if row["check"] == check] for check in checks]
+    seconds = [np.mean([row["seconds"] for row in check]) for check in by_check]
+    bits = np.array([[row["valid_bpc"] for row in check] for check in by_check], float)
+    (line,) = ax.plot(seconds, bits.mean(axis=1), style, ms=4, label=label)
+    ax.fill_between(seconds, bits.min(axis=1), bits.max(axis=1), alpha=0.2, color=line.get_color())
 
 
 def draw(rows: list[dict], H: int, T: int):
-    """Left: windows, with the state carried and without; right: sizes, and torch beside them."""
+    """Left: windows, with and without carried state; right: hidden sizes, with torch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
 
-    def where(**which):
-        return [row for row in rows if which.items() <= row.items()]
+    def select(**values):
+        return [row for row in rows if values.items() <= row.items()]
 
     for n, window in enumerate(sorted({row["window"] for row in rows})):
         for carry, line in ((True, "-o"), (False, ":o")):
-            mine = where(library="jaxrnn", hidden_size=H, window=window, carry=carry)
-            curve(left, mine, f"C{n}{line}", f"T {window}, state {'' if carry else 'not '}carried")
+            selected = select(library="jaxrnn", hidden_size=H, window=window, carry=carry)
+            label = f"T {window}, state {'' if carry else 'not '}carried"
+            plot_curve(left, selected, f"C{n}{line}", label)
     for n, size in enumerate(sorted({row["hidden_size"] for row in rows})):
         for library, line in (("jaxrnn", "-o"), ("torch", "--s")):
-            mine = where(library=library, hidden_size=size, window=T, carry=True)
-            curve(right, mine, f"C{n + 3}{line}", f"{library}, H {size}")
-    left.set(ylabel="bits per character, held-out text", title=f"{H} hidden units, jaxrnn")
-    right.set(title=f"windows of {T}, state carried")
+            selected = select(library=library, hidden_size=size, window=T, carry=True)
+            plot_curve(right, selected, f"C{n + 3}{line}", f"{library}, H {size}")
+    left.set(ylabel="bits per character, held-out text", title=f"jaxrnn, H {H}")
+    right.set(title=f"T {T}, state carried")
     for ax in (left, right):
-        ax.set(xlabel="seconds of training, compilation included", xscale="log")
+        ax.set(xlabel="seconds of training, including compilation", xscale="log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
@@ -230,18 +238,19 @@ def draw(rows: list[dict], H: int, T: int):
     return figure
 
 
-def in_words(rows: list[dict], config: Config) -> str:
-    """Held-out bits and seconds at the end of each setting, means and spread over seeds."""
+def summarize(rows: list[dict], config: Config) -> str:
+    """Bits per character and seconds after training, for each setting: mean and spread."""
     parts = []
     last = [row for row in rows if row["check"] == config.checks]
     names = ("library", "hidden_size", "window", "carry")
-    for key in dict.fromkeys(tuple(row[name] for name in names) for row in last):
-        mine = [row for row in last if tuple(row[name] for name in names) == key]
-        library, H, T, carry = key
-        bits = mean_and_spread([row["valid_bpc"] for row in mine], digits=2)
-        seconds = np.mean([row["seconds"] for row in mine])
+    for values in dict.fromkeys(tuple(row[name] for name in names) for row in last):
+        of_setting = [row for row in last if tuple(row[name] for name in names) == values]
+        library, H, T, carry = values
+        bits = np.array([row["valid_bpc"] for row in of_setting], float)
+        seconds = np.mean([row["seconds"] for row in of_setting])
         carried = "" if carry else ", not carried"
-        parts.append(f"{library} H {H}, T {T}{carried}: {bits} in {seconds:.0f} s")
+        spread = mean_and_spread(bits.tolist(), digits=2)
+        parts.append(f"{library} H {H}, T {T}{carried}: {spread} in {seconds:.0f} s")
     return "; ".join(parts)
 
 
@@ -251,29 +260,29 @@ def main(config: Config) -> dict:
     vocabulary, parts = split(text, config.text, batch_size, max(config.windows))
     train, valid, _ = (streams(part, batch_size) for part in parts)
     V = len(vocabulary)
-    todo = [("jaxrnn", setting) for setting in settings(config)]
+    runs = [("jaxrnn", setting) for setting in settings(config)]
     if importlib.util.find_spec("torch"):
-        todo += [("torch", setting) for setting in settings(config)]
+        runs += [("torch", setting) for setting in settings(config)]
     else:
-        print("torch is not installed: left out", file=sys.stderr)
-    # JAX's threads and torch's disturb each other, so torch gets a process, once JAX is done.
+        print("torch is not installed: skipped", file=sys.stderr)
+    # The threads of JAX and torch slow each other down, so torch runs in a process, after JAX.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as process:
-        bar = tqdm(todo, unit="run", disable=None)
+        bar = tqdm(runs, unit="run", disable=None)
         for library, setting in bar:
             bar.set_description(f"{library} H {setting.hidden_size}, T {setting.window}")
             params = jaxrnn.init(jax.random.key(setting.seed), V, setting.hidden_size, V)
             if library == "torch":
                 weights = jaxrnn.interop.to_torch(params)
-                whole = process.submit(train_torch_whole, config, setting, weights, train, valid)
-                steps = whole.result()
+                arguments = config, setting, weights, train, valid
+                checks = process.submit(train_torch_in_process, *arguments).result()
             else:
-                steps = list(train_jaxrnn(config, setting, params, train, valid))
-            for check, (seconds, bits) in enumerate(steps, start=1):
-                row = {"check": check, "seconds": seconds, "valid_bpc": bits}
+                checks = list(train_jaxrnn(config, setting, params, train, valid))
+            for check, (seconds, bits) in enumerate(checks, start=1):
+                row = {"check": check, "seconds": seconds, "valid_bpc": finite([bits])[0]}
                 report.log(library=library, **setting._asdict(), **row)
     H, T = middle(config.hidden_sizes), middle(config.windows)
-    return report.finish(in_words(report.rows, config), partial(draw, H=H, T=T))
+    return report.finish(summarize(report.rows, config), partial(draw, H=H, T=T))
 
 
 def run(arguments: list[str] | None = None) -> int:

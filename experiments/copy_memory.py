@@ -1,16 +1,16 @@
-"""Over how many blanks does a plain recurrent network carry ten symbols?
+"""Copy memory: up to which delay does a plain recurrent network beat a memoryless predictor?
 
-Ten symbols of 8 kinds, T - 1 blanks, a marker, ten blanks: T + 20 steps in all. The network answers
-blanks, and from the marker on the ten symbols, so that each is carried over T + 10 steps (after
-Hochreiter and Schmidhuber 1997, as Arjovsky, Shah and Bengio 2016 and Bai, Kolter and Koltun 2018
-have it). The loss is the mean cross-entropy of all steps. Who counts steps but remembers nothing
-answers blanks, then each symbol with probability 1/8:
+The input is ten symbols of 8 kinds, T - 1 blanks, a marker and ten blanks: T + 20 steps. The target
+is T + 10 blanks and then the ten symbols, each T + 10 steps after it was read (after Hochreiter and
+Schmidhuber 1997, in the version of Arjovsky, Shah and Bengio 2016 and Bai, Kolter and Koltun 2018).
+The loss is the mean cross-entropy over all steps. A memoryless predictor outputs blanks, and then
+each symbol with probability 1/8:
 
-    memoryless = 10 ln 8 / (T + 20)
+    memoryless loss = 10 ln 8 / (T + 20)
 
-Bai et al. report 0.0202 at T = 1000 for a plain network, which is this line. Here T goes up from 1,
-to see at which T the loss on fresh sequences, the lowest in a fixed number of updates, comes down
-from the line to nothing, and from which T on it stays on it.
+Bai et al. report 0.0202 at T = 1000 for a plain network, close to the memoryless loss. Here T
+increases from 1. For each T, the result is the lowest loss on new sequences within a fixed number
+of updates, relative to the memoryless loss.
 
     python -m experiments.copy_memory --out runs/copy_memory
 """
@@ -18,6 +18,7 @@ from the line to nothing, and from which T on it stays on it.
 import dataclasses
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
-from experiments.multi_seed import share_out, use_all_cores
+from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
 from experiments.reports import Report, finite, mean_and_spread
 from jaxrnn import Activation, Batch
 from jaxrnn.params import Initializer
@@ -41,7 +42,7 @@ Name = Literal["orthogonal tanh", "identity ReLU"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The loss in the copy memory task against T, beside that of an answer without memory."""
+    """Loss in the copy memory task against the delay, relative to a memoryless predictor."""
 
     lengths: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50, 100)
     """Delays T; a sequence has T + 20 steps."""
@@ -52,7 +53,7 @@ class Config:
     test_size: int = 500
     """New test sequences at each check."""
     batch_size: int = 20
-    """Sequences in an update, each of them new, B."""
+    """Sequences per update, B; all are new."""
     hidden_size: int = 128
     """Hidden units, H."""
     learning_rate: float = 1e-3
@@ -60,9 +61,9 @@ class Config:
     identity_learning_rate: float = 1e-3
     """Learning rate of Adam for the identity ReLU."""
     clip: float = 1.0
-    """Threshold of the gradient's norm."""
+    """Clipping threshold for the norm of the gradient."""
     methods: tuple[Name, ...] = get_args(Name)
-    """Initialisation of W_h, and f."""
+    """Initialisations of W_h, with f."""
     seeds: int = 4
     """Number of networks, trained in parallel."""
     seed: int = 0
@@ -98,19 +99,19 @@ BLANK, MARKER = 8, 9
 
 
 def copy_batch(key, T: int, B: int) -> Batch:
-    """Tokens 0 to 7 are the symbols."""
+    """New sequences; tokens 0 to 7 are the symbols."""
     symbols = jax.random.randint(key, (SYMBOLS, B), 0, KINDS)
     blanks = jnp.full((T + SYMBOLS, B), BLANK)
     xs = jnp.concatenate([symbols, blanks.at[T - 1].set(MARKER)])
     return Batch(xs, targets=jnp.concatenate([blanks, symbols]))
 
 
-def memoryless(T):
+def memoryless_loss(T):
     return SYMBOLS * np.log(KINDS) / (T + 2 * SYMBOLS)
 
 
 class Method(NamedTuple):
-    """f, how W_h starts, and the learning rate."""
+    """An initialisation of W_h, with f and the learning rate that go with it."""
 
     name: Name
     activation: Activation
@@ -128,110 +129,113 @@ def methods(config: Config) -> list[Method]:
 
 
 def train(config: Config, T: int, method: Method):
-    """Trains all seeds at once; yields at each check the updates done and each seed's loss."""
-    f, B = method.activation, config.batch_size
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip), optax.adam(method.learning_rate)
-    )
+    """Trains all seeds at once. Yields at each check the updates and the loss of each seed.
 
-    def update(state, key):
-        params, opt_state = state
-        _, grads = jaxrnn.bptt(params, copy_batch(key, T, B), activation=f)
-        changes, opt_state = optimizer.update(grads, opt_state)
-        return (optax.apply_updates(params, changes), opt_state), None
+    The losses of a network that has diverged are NaN.
+    """
+    f = method.activation
+    clip = optax.clip_by_global_norm(config.clip)
+    optimizer = optax.chain(clip, optax.adam(method.learning_rate))
+    update = jaxrnn.make_update(partial(jaxrnn.bptt, activation=f), optimizer)
+
+    def update_on_new_batch(state, key):
+        return update(state, copy_batch(key, T, config.batch_size))
 
     @jax.jit
     @jax.vmap
     def updates_and_check(state, key):
         key_train, key_test = jax.random.split(key)
-        state, _ = lax.scan(update, state, jax.random.split(key_train, config.check_every))
-        batch = copy_batch(key_test, T, config.test_size)
-        value, _ = jaxrnn.sequence_loss(state[0], batch, activation=f)
-        return state, value
+        keys = jax.random.split(key_train, config.check_every)
+        state, metrics = lax.scan(update_on_new_batch, state, keys)
+        params = nan_if_skipped(state.params, metrics.skipped)
+        test_batch = copy_batch(key_test, T, config.test_size)
+        value, _ = jaxrnn.sequence_loss(params, test_batch, activation=f)
+        return state._replace(params=params), value
 
-    key_start, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
-    keys = jax.random.split(key_start, config.seeds)
+    key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
+    keys = jax.random.split(key_init, config.seeds)
     H = config.hidden_size
-    params = jax.vmap(lambda key: jaxrnn.init(key, 10, H, 9, W_h_init=method.W_h_init))(keys)
-    state = share_out((params, jax.vmap(optimizer.init)(params)))
-    for done in range(config.check_every, config.updates + 1, config.check_every):
-        keys = jax.random.split(jax.random.fold_in(key_train, done), config.seeds)
-        state, losses = updates_and_check(state, share_out(keys))
-        yield done, np.asarray(losses).tolist()
+    networks = jax.vmap(lambda key: jaxrnn.init(key, 10, H, 9, W_h_init=method.W_h_init))(keys)
+    state = jax.vmap(lambda params: jaxrnn.init_state(params, optimizer))(networks)
+    state = shard_seeds(state)
+    for updates in range(config.check_every, config.updates + 1, config.check_every):
+        keys = jax.random.split(jax.random.fold_in(key_train, updates), config.seeds)
+        state, losses = updates_and_check(state, shard_seeds(keys))
+        yield updates, np.asarray(losses).tolist()
 
 
 def lowest_losses(rows: list[dict], T: int, method: str) -> np.ndarray:
-    """Each seed's loss at its best check; at others it may have leapt."""
-    mine = [row["losses"] for row in rows if (row["T"], row["method"]) == (T, method)]
-    return np.fmin.reduce(np.array(mine, float))
+    """The lowest loss of each seed over the checks; the loss has occasional spikes."""
+    losses = [row["losses"] for row in rows if (row["T"], row["method"]) == (T, method)]
+    return np.fmin.reduce(np.array(losses, float))
 
 
 def draw_lengths(ax, rows: list[dict], names: list[str]):
-    """The loss at the best check against T, and the line."""
+    """The lowest loss against T, and the memoryless loss."""
     lengths = sorted({row["T"] for row in rows})
     for n, name in enumerate(names):
         losses = np.array([lowest_losses(rows, T, name) for T in lengths])
         ax.plot(lengths, np.median(losses, axis=1), color=f"C{n}", label=name)
         ax.plot(lengths, losses, "o", color=f"C{n}", alpha=0.5, markersize=4)
     T = np.geomspace(1, 1000, 100)
-    ax.plot(T, memoryless(T), "k--", label="memoryless, 10 ln 8 / (T + 20)")
+    ax.plot(T, memoryless_loss(T), "k--", label="memoryless, 10 ln 8 / (T + 20)")
     ax.plot(1000, 0.0202, "k*", markersize=10, label="published, Bai et al. 2018")
-    ax.set(xscale="log", yscale="log", ylim=(1e-5, 2), xlabel="T")
-    ax.set(ylabel="cross-entropy, nats per step", title="at the best check")
+    ax.set(xscale="log", yscale="log", ylim=(1e-5, 2), xlabel="delay T")
+    ax.set(ylabel="cross-entropy, nats per step", title="lowest loss over the checks")
     ax.legend(loc="lower right", fontsize=9)
 
 
-def draw_curve(ax, rows: list[dict], name: str):
-    """The loss over the memoryless loss against updates, for each T."""
-    mine = [row for row in rows if row["method"] == name]
-    lengths = sorted({row["T"] for row in mine})
+def draw_training(ax, rows: list[dict], name: str):
+    """The loss relative to the memoryless loss against updates, for each T."""
+    rows = [row for row in rows if row["method"] == name]
+    lengths = sorted({row["T"] for row in rows})
     for T, color in zip(lengths, plt.cm.viridis(np.linspace(0, 0.9, len(lengths))), strict=True):
-        updates = [row["updates"] for row in mine if row["T"] == T]
-        losses = [row["losses"] for row in mine if row["T"] == T]
-        shares = np.array(losses, float) / memoryless(T)
-        ax.plot(updates, shares, color=color, alpha=0.4, linewidth=0.7)
-        ax.plot(updates, np.median(shares, axis=1), color=color, linewidth=2, label=f"T = {T}")
+        updates = [row["updates"] for row in rows if row["T"] == T]
+        losses = [row["losses"] for row in rows if row["T"] == T]
+        ratios = np.array(losses, float) / memoryless_loss(T)
+        ax.plot(updates, ratios, color=color, alpha=0.4, linewidth=0.7)
+        ax.plot(updates, np.median(ratios, axis=1), color=color, linewidth=2, label=f"T = {T}")
     ax.axhline(1, color="k", linestyle="--")
     ax.set(ylim=(0, 1.15), xlabel="updates", ylabel="loss / memoryless loss", title=name)
 
 
 def draw(rows: list[dict]):
-    """Left: the loss against T; beside it, how each method gets there."""
+    """Left: the lowest loss against T. Then for each method: the loss during training."""
     names = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = plt.subplots(1, 1 + len(names), figsize=(15, 4.5), layout="constrained")
     draw_lengths(axes[0], rows, names)
     for ax, name in zip(axes[1:], names, strict=True):
-        draw_curve(ax, rows, name)
+        draw_training(ax, rows, name)
     axes[-1].legend(fontsize=9, ncols=4, loc="lower left")
     for ax in axes:
         ax.grid(alpha=0.3)
     return figure
 
 
+def summarize(config: Config, rows: list[dict]) -> str:
+    """The loss relative to the memoryless loss, for each method and T."""
+    parts = []
+    for method in methods(config):
+        ratios = [lowest_losses(rows, T, method.name) / memoryless_loss(T) for T in config.lengths]
+        spreads = [mean_and_spread(over_seeds.tolist(), 2) for over_seeds in ratios]
+        at = [f"{spread} at T {T}" for spread, T in zip(spreads, config.lengths, strict=True)]
+        parts.append(f"{method.name} {', '.join(at)}")
+    return f"loss / memoryless loss: {'; '.join(parts)}"
+
+
 def main(config: Config) -> dict:
     use_all_cores()
     report = Report(config)
-    to_do = [(T, method) for T in config.lengths for method in methods(config)]
-    with tqdm(to_do, unit="run", disable=None) as bar:
+    runs = [(T, method) for T in config.lengths for method in methods(config)]
+    with tqdm(runs, unit="run", disable=None) as bar:
         for T, method in bar:
-            for done, losses in train(config, T, method):
-                report.log(T=T, method=method.name, updates=done, losses=finite(losses))
-                share = statistics.fmean(losses) / memoryless(T)
+            for updates, losses in train(config, T, method):
+                report.log(T=T, method=method.name, updates=updates, losses=finite(losses))
+                ratio = statistics.fmean(losses) / memoryless_loss(T)
                 bar.set_description(
-                    f"T {T}, {method.name}: {done} updates, {share:.0%} of the line"
+                    f"T {T}, {method.name}: {updates} updates, {ratio:.0%} of memoryless"
                 )
-    return report.finish(ours(config, report.rows), draw)
-
-
-def ours(config: Config, rows: list[dict]) -> str:
-    """The loss as a share of the memoryless one at each T, for each method."""
-    told = []
-    for method in methods(config):
-        shares = [lowest_losses(rows, T, method.name) / memoryless(T) for T in config.lengths]
-        spreads = [mean_and_spread(of_seeds.tolist(), 2) for of_seeds in shares]
-        at = [f"{spread} at T {T}" for spread, T in zip(spreads, config.lengths, strict=True)]
-        told.append(f"{method.name} {', '.join(at)}")
-    return f"loss / memoryless: {'; '.join(told)}"
+    return report.finish(summarize(config, report.rows), draw)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -1,23 +1,24 @@
-"""Which of nine men says /ae/? Sequences of unequal length, and where to read them out.
+"""JapaneseVowels: which readout identifies a speaker best from utterances of unequal length?
 
-JapaneseVowels (Kudo, Toyama and Shimbo 1999): utterances of two vowels as 7 to 29 steps of 12 LPC
-cepstrum coefficients, 270 to train on and 370 to test. A batch is padded, and its mask holds the
-state where a step does not exist, so that h_T is the state after each utterance's own last step.
-Three networks, several seeds each, all seeds at once:
+JapaneseVowels (Kudo, Toyama and Shimbo 1999) has utterances of the vowels /ae/ by nine men, 7 to 29
+steps of 12 LPC cepstrum coefficients: 270 for training and 370 for testing. They are padded to one
+length. The state is held where the mask is False, so h_T is the state after the last step of each
+utterance. Three readouts, several seeds each:
 
     last step             y = W_y h_T + b_y
-    last steps of both    and a second network runs backwards in time; its y is added
-    mean of both          the mean of y_t over the steps that exist, in both directions
+    last steps of both    the sum of y for two networks, the second of which runs back in time
+    mean of both          the mean of y_t over the steps that exist, summed over both directions
 
-Noise is added to the inputs in training. The test figure is that after the last epoch.
+Noise is added to the inputs in training. Test errors are those after the last epoch.
 
     pip install -e '.[experiments,data]'
     python -m experiments.japanese_vowels --out runs/japanese_vowels
 
-With `--folds 5` the training utterances are cross-validated instead: so settings were chosen.
+`--folds 5` cross-validates the training utterances instead; the settings were chosen so.
 """
 
 import dataclasses
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -36,31 +37,32 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import cli
 from experiments.cli import InputError
-from experiments.multi_seed import share_out, use_all_cores
+from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
 from experiments.reports import Report, mean_and_spread
-from jaxrnn import Batch, Params, cross_entropy
+from jaxrnn import Batch, Params
+from jaxrnn.epochs import shuffled_epoch
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Test errors on JapaneseVowels, for three ways to read a network out."""
+    """Test errors on JapaneseVowels for three readouts."""
 
     hidden_size: int = 128
     """Hidden units of each direction, H."""
     epochs: int = 40
     """Passes over the training utterances."""
     batch_size: int = 30
-    """Utterances in an update, B."""
+    """Utterances per update, B."""
     learning_rate: float = 2e-3
-    """Initial learning rate of AdamW; it decays to zero along half a cosine."""
+    """Initial learning rate of AdamW; cosine decay to zero."""
     weight_decay: float = 0.1
     """Weight decay of AdamW."""
     clip: float = 1.0
-    """Threshold of the gradient's norm."""
+    """Clipping threshold for the norm of the gradient."""
     noise: float = 0.3
-    """Standard deviation of the input noise in training; that of the inputs is 1."""
+    """Standard deviation of the noise added to the inputs, whose own is 1, in training."""
     folds: int = 0
-    """Folds to cross-validate the training utterances in; 0 uses the test set."""
+    """Number of folds for cross-validation of the training utterances; 0 uses the test set."""
     seeds: int = 10
     """Number of networks, trained in parallel."""
     seed: int = 0
@@ -89,7 +91,7 @@ PUBLISHED = {"Kudo et al. 1999": 0.941, "Toth and Oberhauser 2020": 0.986}
 
 
 def load() -> Batch:
-    """The training and then the test utterances, standardised by the training ones' steps."""
+    """The training utterances, then the test utterances; standardised by the training steps."""
     try:
         from aeon.datasets import load_japanese_vowels
     except ImportError:
@@ -107,112 +109,119 @@ def load() -> Batch:
 
 
 def splits(folds: int) -> list[tuple]:
-    """What to train on and what to test on, as indices; utterances are sorted by speaker."""
+    """The indices of the training and test utterances; utterances are sorted by speaker."""
     if not folds:
         return [(np.arange(TRAINING), TRAINING + np.arange(TEST))]
     fold = np.arange(TRAINING) % folds
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(folds)]
 
 
-def start(config: Config, key) -> list[Params]:
-    """The networks of both directions, seeds first; each column starts from them."""
+def init_networks(config: Config, key) -> list[Params]:
+    """The Params of each direction, stacked over seeds; all readouts share them."""
     init = partial(jaxrnn.init, input_size=I, hidden_size=config.hidden_size, output_size=SPEAKERS)
     keys = jax.random.split(key, (2, config.seeds))
     return list(map(jax.jit(jax.vmap(init)), keys))
 
 
-def last_step(params, xs, mask):
+def last_step(params: Params, xs, mask):
     h_T, _ = jaxrnn.hidden_states(params, xs, mask=mask)
-    return h_T @ params.W_y.T + params.b_y
+    return jaxrnn.readout(params, h_T)
 
 
-def mean_of_steps(params, xs, mask):
+def mean_of_steps(params: Params, xs, mask):
     _, ys = jaxrnn.unroll(params, xs, mask=mask)
     return ys.sum(axis=0) / mask.sum(axis=0)[:, None]
 
 
-class Column(NamedTuple):
-    """How each direction is read out, and how many directions there are."""
+class Readout(NamedTuple):
+    """How the speaker is read out of the network.
+
+    Attributes:
+      name: as in the figure.
+      outputs: (params, xs, mask) -> y (B, O) of one direction.
+      directions: the number of directions, whose outputs are summed.
+    """
 
     name: str
-    readout: Callable
+    outputs: Callable
     directions: int
 
 
-COLUMNS = [
-    Column("last step", last_step, 1),
-    Column("last steps of both", last_step, 2),
-    Column("mean of both", mean_of_steps, 2),
+READOUTS = [
+    Readout("last step", last_step, 1),
+    Readout("last steps of both", last_step, 2),
+    Readout("mean of both", mean_of_steps, 2),
 ]
 
 
-def outputs(column: Column, network, xs, mask):
-    """y (N, 9). Back in time padding comes first, and the zeros of h_0 are held through it."""
-    y = column.readout(network[0], xs, mask)
-    if column.directions == 2:
-        y += column.readout(network[1], xs[::-1], mask[::-1])
+def outputs(readout: Readout, network: list[Params], xs, mask):
+    """y (B, O). Back in time padding comes first, where the initial state, zero, is held."""
+    y = readout.outputs(network[0], xs, mask)
+    if readout.directions == 2:
+        y += readout.outputs(network[1], xs[::-1], mask[::-1])
     return y
 
 
-def train(config: Config, column: Column, networks, batch: Batch, split, key):
-    """Trains all seeds at once; the errors of each seed after each epoch, (seeds, epochs)."""
-    train_on, test_on = split
-    B, updates = config.batch_size, len(train_on) // config.batch_size
-    rate = optax.cosine_decay_schedule(config.learning_rate, config.epochs * updates)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip), optax.adamw(rate, weight_decay=config.weight_decay)
-    )
+def speaker_loss(network, batch, h=None, *, key=None, readout: Readout, noise: float):
+    """The mean cross-entropy of the utterances; with input noise if there is a key."""
+    xs = batch.xs
+    if key is not None:
+        xs += noise * jax.random.normal(key, xs.shape)
+    ys = outputs(readout, network, xs, batch.mask)
+    first_steps = jax.tree.map(lambda leaf: leaf[:1], batch)  # every utterance has a first step
+    return jaxrnn.mean_loss(ys[None], first_steps), None
 
-    def those(indices) -> Batch:
-        return jax.tree.map(lambda leaf: leaf[:, indices], batch)
 
-    def loss(network, some, key):
-        noise = config.noise * jax.random.normal(key, some.xs.shape)
-        y = outputs(column, network, some.xs + noise, some.mask)
-        return cross_entropy.value(y, some.targets[0]).mean()
+def select(batch: Batch, utterances: np.ndarray) -> Batch:
+    return jax.tree.map(lambda leaf: leaf[:, utterances], batch)
 
-    def update(state, now):
-        network, opt_state = state
-        indices, key = now
-        grads = jax.grad(loss)(network, those(indices), key)
-        changes, opt_state = optimizer.update(grads, opt_state, network)
-        return (optax.apply_updates(network, changes), opt_state), None
+
+def train(config: Config, readout: Readout, networks, batch: Batch, split, key):
+    """Trains all seeds at once; the test errors of each seed after each epoch, (seeds, epochs)."""
+    training_data, test_data = (select(batch, utterances) for utterances in split)
+    updates = config.epochs * math.ceil(len(split[0]) / config.batch_size)
+    rate = optax.cosine_decay_schedule(config.learning_rate, updates)
+    clip, adamw = optax.clip_by_global_norm(config.clip), optax.adamw
+    optimizer = optax.chain(clip, adamw(rate, weight_decay=config.weight_decay))
+    loss = partial(speaker_loss, readout=readout, noise=config.noise)
+    update = jaxrnn.make_update(jax.value_and_grad(loss, has_aux=True), optimizer)
 
     def epoch(state, key):
-        key_order, key_noise = jax.random.split(key)
-        order = jax.random.permutation(key_order, train_on)[: updates * B].reshape(updates, B)
-        state, _ = lax.scan(update, state, (order, jax.random.split(key_noise, updates)))
-        test = those(test_on)
-        wrong = outputs(column, state[0], test.xs, test.mask).argmax(axis=-1) != test.targets[0]
-        return state, wrong.sum()
+        state, metrics = shuffled_epoch(update, state, training_data, key, config.batch_size)
+        network = nan_if_skipped(state.params, metrics.skipped)
+        ys = outputs(readout, network, test_data.xs, test_data.mask)
+        errors = (ys.argmax(axis=-1) != test_data.targets[0]).sum()
+        return state._replace(params=network), errors
 
     def run(network, key):
-        state = network, optimizer.init(network)
-        return lax.scan(epoch, state, jax.random.split(key, config.epochs))[1]
+        key_shuffle, key_noise = jax.random.split(key)
+        state = jaxrnn.init_state(network, optimizer, key=key_noise)
+        return lax.scan(epoch, state, jax.random.split(key_shuffle, config.epochs))[1]
 
     keys = jax.random.split(key, config.seeds)
-    return jax.jit(jax.vmap(run))(*share_out((networks[: column.directions], keys)))
+    return jax.jit(jax.vmap(run))(*shard_seeds((networks[: readout.directions], keys)))
 
 
 def draw(rows: list[dict]):
-    """Left: errors after the last epoch, a point a seed; right: after each epoch, their range."""
+    """Left: errors after the last epoch, seeds as points; right: after each epoch, mean, range."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.5), layout="constrained")
-    names = list(dict.fromkeys(row["column"] for row in rows))
+    names = list(dict.fromkeys(row["readout"] for row in rows))
     for n, name in enumerate(names):
-        mine = [row for row in rows if row["column"] == name]
-        errors, of = np.array([row["errors"] for row in mine]), mine[0]["of"]
-        side = np.linspace(-0.2, 0.2, errors.shape[1])
-        left.plot(n + side, errors[-1], "o", color=f"C{n}", alpha=0.6)
+        of_readout = [row for row in rows if row["readout"] == name]
+        errors = np.array([row["errors"] for row in of_readout])
+        test_size = of_readout[0]["test_size"]
+        offsets = np.linspace(-0.2, 0.2, errors.shape[1])
+        left.plot(n + offsets, errors[-1], "o", color=f"C{n}", alpha=0.6)
         left.plot([n - 0.3, n + 0.3], [errors[-1].mean()] * 2, color=f"C{n}", linewidth=3)
-        epochs, shares = [row["epoch"] for row in mine], 100 * errors / of
-        right.plot(epochs, shares.mean(axis=1), color=f"C{n}", label=name)
-        right.fill_between(epochs, shares.min(axis=1), shares.max(axis=1), color=f"C{n}", alpha=0.2)
+        epochs, rates = [row["epoch"] for row in of_readout], 100 * errors / test_size
+        right.plot(epochs, rates.mean(axis=1), color=f"C{n}", label=name)
+        right.fill_between(epochs, rates.min(axis=1), rates.max(axis=1), color=f"C{n}", alpha=0.2)
     for name, accuracy in PUBLISHED.items():
-        left.axhline((1 - accuracy) * of, color="black", linestyle="--", linewidth=1)
-        at = left.get_yaxis_transform()
-        left.text(0.01, (1 - accuracy) * of - 0.2, name, transform=at, va="top")
+        errors = (1 - accuracy) * test_size
+        left.axhline(errors, color="black", linestyle="--", linewidth=1)
+        left.text(0.01, errors - 0.2, name, transform=left.get_yaxis_transform(), va="top")
     left.set_xticks(range(len(names)), names)
-    left.set(ylabel=f"errors of {of}", ylim=(0, None), xlim=(-0.5, len(names) - 0.5))
+    left.set(ylabel=f"errors of {test_size}", ylim=(0, None), xlim=(-0.5, len(names) - 0.5))
     left.set_title("after the last epoch: seeds and their mean")
     right.set(xlabel="epochs", ylabel="errors, %", yscale="log")
     right.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
@@ -227,25 +236,26 @@ def main(config: Config) -> dict:
     use_all_cores()
     report = Report(config)
     batch = load()
-    of = TRAINING if config.folds else TEST
-    found = {}
-    key_start, key_train = jax.random.split(jax.random.key(config.seed))
-    networks = start(config, key_start)
-    with tqdm(COLUMNS, unit="network", disable=None) as bar:
-        for n, column in enumerate(bar):
-            bar.set_description(column.name)
+    test_size = TRAINING if config.folds else TEST
+    results = {}
+    key_init, key_train = jax.random.split(jax.random.key(config.seed))
+    networks = init_networks(config, key_init)
+    with tqdm(READOUTS, unit="network", disable=None) as bar:
+        for n, readout in enumerate(bar):
+            bar.set_description(readout.name)
             errors = np.zeros((config.seeds, config.epochs), int)
             for k, split in enumerate(splits(config.folds)):
                 key = jax.random.fold_in(jax.random.fold_in(key_train, n), k)
-                errors += np.asarray(train(config, column, networks, batch, split, key))
-            for epoch, errors_then in enumerate(errors.T.tolist(), start=1):
-                report.log(column=column.name, epoch=epoch, errors=errors_then, of=of)
-            found[column.name] = errors_then
-    ours = f"errors of {of}: " + "; ".join(
-        f"{name} {mean_and_spread(errors, 1)} (accuracy {1 - statistics.fmean(errors) / of:.3f})"
-        for name, errors in found.items()
-    )
-    return report.finish(ours, draw, errors=found)
+                errors += np.asarray(train(config, readout, networks, batch, split, key))
+            for epoch, by_seed in enumerate(errors.T.tolist(), start=1):
+                report.log(readout=readout.name, epoch=epoch, errors=by_seed, test_size=test_size)
+            results[readout.name] = by_seed
+    parts = [
+        f"{name} {mean_and_spread(errors, 1)} "
+        f"(accuracy {1 - statistics.fmean(errors) / test_size:.3f})"
+        for name, errors in results.items()
+    ]
+    return report.finish(f"errors of {test_size}: {'; '.join(parts)}", draw, errors=results)
 
 
 def run(arguments: list[str] | None = None) -> int:

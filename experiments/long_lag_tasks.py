@@ -1,14 +1,13 @@
-"""Can a plain recurrent network be trained to remember over T steps?
+"""Shared by temporal_order and adding: settings, four training methods, and the figure.
 
-What temporal_order and adding share: the settings, four ways to train, training of all seeds at
-once, the figure. The ways:
+Both tasks require the network to remember an input over T steps. The methods:
 
-    tanh                    Adam, nothing else
-    + clipping              the gradient's norm is cut at a threshold
-    + regulariser           and the loss asks that gradients keep their norm through time
-    identity ReLU           the IRNN: W_h starts as the identity, f = ReLU, with clipping
+    tanh                    Adam
+    + clipping              Adam, with the norm of the gradient clipped
+    + regulariser           with clipping, and the regulariser of Pascanu et al. (2013)
+    identity ReLU           the IRNN: W_h is initialised to the identity, f = ReLU, with clipping
 
-A seed counts as solved at the first check at which at most 1 % of 10,000 fresh sequences are wrong.
+A seed has solved the task at the first check with at most 1 % errors on 10,000 new sequences.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
-from experiments.multi_seed import share_out, use_all_cores
+from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
 from experiments.regularizer import regularizer
 from experiments.reports import Report
 from jaxrnn import Activation, Batch, Loss, Params
@@ -38,7 +37,7 @@ Name = Literal["tanh", "+ clipping", "+ regulariser", "identity ReLU"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Success rates against the lag, for four ways to train a plain recurrent network."""
+    """Success rate against the sequence length, for four training methods."""
 
     lengths: tuple[int, ...]
     """Sequence lengths T."""
@@ -53,17 +52,17 @@ class Config:
     test_size: int = 10_000
     """New test sequences at each check."""
     batch_size: int = 20
-    """Sequences in an update, each of them new, B."""
+    """Sequences per update, B; all are new."""
     learning_rate: float = 1e-3
     """Learning rate of Adam for tanh."""
     identity_learning_rate: float = 1e-4
-    """Of Adam for the identity ReLU; an update moves the spectral radius by up to H times it."""
+    """Learning rate of Adam for the identity ReLU."""
     clip: float = 1.0
-    """Threshold of the gradient's norm."""
+    """Clipping threshold for the norm of the gradient."""
     regularizer: float = 2.0
     """Weight of the regulariser."""
     methods: tuple[Name, ...] = get_args(Name)
-    """Ways to train."""
+    """Training methods."""
     seeds: int = 6
     """Number of networks, trained in parallel."""
     seed: int = 0
@@ -94,14 +93,24 @@ SMOKE = {
 }
 
 SOLVED = 0.01
-"""The share of wrong answers at most."""
+"""The highest error rate of a network that has solved the task."""
 
-PART = 500
-"""Sequences tested at a time, at most, as the states of all of them take memory."""
+CHUNK = 500
+"""The most sequences tested at once: memory grows with their states."""
 
 
 class Task(NamedTuple):
-    """A problem: its batches, sizes and loss, which last outputs are wrong, who solved it."""
+    """A task.
+
+    Attributes:
+      name: as in the figure.
+      batch: (key, T, B) -> a Batch of new sequences.
+      input_size: I.
+      output_size: O.
+      loss: the loss of the last step.
+      wrong: (y, target) of the last step -> bool for each sequence.
+      published: the method that solves the task in the source.
+    """
 
     name: str
     batch: Callable[..., Batch]
@@ -113,128 +122,152 @@ class Task(NamedTuple):
 
 
 class Method(NamedTuple):
-    """How to start and to train; no threshold is no clipping, no weight no regulariser."""
+    """A training method.
+
+    Attributes:
+      name: as in the figure.
+      activation: f.
+      init: (key, I, H, O) -> the initial Params.
+      learning_rate: of Adam.
+      clip: the clipping threshold, or None.
+      regularizer: the weight of the regulariser.
+    """
 
     name: Name
     activation: Activation
-    start: Callable[..., Params]
+    init: Callable[..., Params]
     learning_rate: float
     clip: float | None
     regularizer: float = 0.0
 
 
 def sparse(key, shape, dtype=jnp.float32):
-    """15 normal weights into each unit, scaled to spectral radius 0.95, as Pascanu et al. start."""
+    """W_h of Pascanu et al.: 15 normal weights into each unit, spectral radius 0.95."""
     key_weights, key_which = jax.random.split(key)
     kept = jax.random.uniform(key_which, shape).argsort(axis=1) < 15
     W_h = np.where(kept, jax.random.normal(key_weights, shape), 0)
     return jnp.asarray(0.95 * W_h / np.abs(np.linalg.eigvals(W_h)).max(), dtype)
 
 
-def start_sparse(key, *sizes) -> Params:
-    """The other weights are small: standard deviation 0.01."""
+def init_sparse(key, *sizes) -> Params:
+    """A sparse W_h; W_x and W_y have standard deviation 0.01."""
     params = jaxrnn.init(key, *sizes, W_h_init=sparse)
     I, H, _ = sizes
     return params._replace(W_x=0.01 * I**0.5 * params.W_x, W_y=0.01 * H**0.5 * params.W_y)
 
 
-def start_identity(key, *sizes) -> Params:
-    """W_x has standard deviation 0.1."""
+def init_identity(key, *sizes) -> Params:
+    """W_h is the identity; W_x has standard deviation 0.1."""
     params = jaxrnn.init(key, *sizes, W_h_init=jaxrnn.scaled_identity())
     return params._replace(W_x=0.1 * sizes[0] ** 0.5 * params.W_x)
 
 
 def methods(config: Config) -> list[Method]:
-    tanh = Method("tanh", jaxrnn.tanh, start_sparse, config.learning_rate, None)
+    tanh = Method("tanh", jaxrnn.tanh, init_sparse, config.learning_rate, None)
     clipped = tanh._replace(name="+ clipping", clip=config.clip)
     regularized = clipped._replace(name="+ regulariser", regularizer=config.regularizer)
     rate = config.identity_learning_rate
-    identity = Method("identity ReLU", jaxrnn.relu, start_identity, rate, config.clip)
+    identity = Method("identity ReLU", jaxrnn.relu, init_identity, rate, config.clip)
     every = [tanh, clipped, regularized, identity]
     return [method for method in every if method.name in config.methods]
 
 
+def init_networks(config: Config, task: Task, method: Method, key) -> Params:
+    """The initial parameters of all seeds, stacked."""
+    sizes = task.input_size, config.hidden_size, task.output_size
+    networks = [method.init(key_seed, *sizes) for key_seed in jax.random.split(key, config.seeds)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
+
+
+def make_gradient_fn(task: Task, method: Method):
+    """The gradient of the loss, plus the regulariser if the method has one."""
+    options: dict = {"activation": method.activation, "loss": task.loss}
+
+    def objective(params, batch, h=None):
+        value, h_T = jaxrnn.sequence_loss(params, batch, h, **options)
+        return value + method.regularizer * regularizer(params, batch, h, **options), h_T
+
+    if method.regularizer:
+        return jax.value_and_grad(objective, has_aux=True)
+    return partial(jaxrnn.bptt, **options)
+
+
+def error_rate(config: Config, task: Task, T: int, f: Activation, params, key):
+    """The share of wrong answers on new sequences, in chunks that fit in memory."""
+    chunks = math.ceil(config.test_size / CHUNK)
+    chunk_size = math.ceil(config.test_size / chunks)
+
+    def chunk_error_rate(key):
+        batch = task.batch(key, T, chunk_size)
+        h_T, _ = jaxrnn.hidden_states(params, batch.xs, activation=f)
+        return task.wrong(jaxrnn.readout(params, h_T), batch.targets[-1]).mean()
+
+    return lax.map(chunk_error_rate, jax.random.split(key, chunks)).mean()
+
+
 def train(config: Config, task: Task, T: int, method: Method):
-    """Trains all seeds at once; yields at each check the updates done and each seed's errors."""
-    f, loss, B, H = method.activation, task.loss, config.batch_size, config.hidden_size
+    """Trains all seeds at once. Yields at each check the updates and the error rate of each seed.
+
+    A network that has diverged outputs NaN, so it does not count as solved from then on.
+    """
     clip = optax.clip_by_global_norm(method.clip) if method.clip else optax.identity()
     optimizer = optax.chain(clip, optax.adam(method.learning_rate))
+    update = jaxrnn.make_update(make_gradient_fn(task, method), optimizer)
 
-    def objective(params, batch):
-        value, _ = jaxrnn.sequence_loss(params, batch, activation=f, loss=loss)
-        return value + method.regularizer * regularizer(params, batch, activation=f, loss=loss)
-
-    def gradient(params, batch):
-        if method.regularizer:
-            return jax.grad(objective)(params, batch)
-        return jaxrnn.bptt(params, batch, activation=f, loss=loss)[1]
-
-    def update(state, key):
-        params, opt_state = state
-        grads = gradient(params, task.batch(key, T, B))
-        changes, opt_state = optimizer.update(grads, opt_state)
-        return (optax.apply_updates(params, changes), opt_state), None
-
-    parts = math.ceil(config.test_size / PART)
-    size = math.ceil(config.test_size / parts)
-
-    def share_wrong(params, key):
-        batch = task.batch(key, T, size)
-        h_T, _ = jaxrnn.hidden_states(params, batch.xs, activation=f)
-        return task.wrong(h_T @ params.W_y.T + params.b_y, batch.targets[-1]).mean()
+    def update_on_new_batch(state, key):
+        return update(state, task.batch(key, T, config.batch_size))
 
     @jax.jit
     @jax.vmap
     def updates_and_check(state, key):
         key_train, key_test = jax.random.split(key)
-        state, _ = lax.scan(update, state, jax.random.split(key_train, config.check_every))
-        errors = lax.map(partial(share_wrong, state[0]), jax.random.split(key_test, parts))
-        return state, errors.mean()
+        keys = jax.random.split(key_train, config.check_every)
+        state, metrics = lax.scan(update_on_new_batch, state, keys)
+        params = nan_if_skipped(state.params, metrics.skipped)
+        errors = error_rate(config, task, T, method.activation, params, key_test)
+        return state._replace(params=params), errors
 
-    key_start, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
-    started = [
-        method.start(key, task.input_size, H, task.output_size)
-        for key in jax.random.split(key_start, config.seeds)
-    ]
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *started)
-    state = share_out((params, jax.vmap(optimizer.init)(params)))
-    for done in range(config.check_every, config.updates + 1, config.check_every):
-        keys = jax.random.split(jax.random.fold_in(key_train, done), config.seeds)
-        state, errors = updates_and_check(state, share_out(keys))
-        yield done, np.asarray(errors).tolist()
+    key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
+    networks = init_networks(config, task, method, key_init)
+    state = jax.vmap(lambda params: jaxrnn.init_state(params, optimizer))(networks)
+    state = shard_seeds(state)
+    for updates in range(config.check_every, config.updates + 1, config.check_every):
+        keys = jax.random.split(jax.random.fold_in(key_train, updates), config.seeds)
+        state, errors = updates_and_check(state, shard_seeds(keys))
+        yield updates, np.asarray(errors).tolist()
 
 
-def solved_after(rows: list[dict], T: int, method: str) -> list[int | None]:
-    """The updates after which each seed had at most 1 % errors for the first time, or None."""
-    mine = [row for row in rows if (row["T"], row["method"]) == (T, method)]
-    seeds = range(len(mine[0]["errors"]))
+def updates_until_solved(rows: list[dict], T: int, method: str) -> list[int | None]:
+    """For each seed, the updates at the first check with at most 1 % errors, or None."""
+    checks = [row for row in rows if (row["T"], row["method"]) == (T, method)]
+    seeds = range(len(checks[0]["errors"]))
     return [
-        next((row["updates"] for row in mine if row["errors"][seed] <= SOLVED), None)
+        next((row["updates"] for row in checks if row["errors"][seed] <= SOLVED), None)
         for seed in seeds
     ]
 
 
 def last_step(T: int, B: int):
-    """Weights by which the last step alone counts."""
+    """Weights (T, B) with which only the last step counts."""
     return jnp.zeros((T, B)).at[-1].set(1)
 
 
 def draw(rows: list[dict], task: Task):
-    """Above the share of seeds that solved it, against T; below, how fast they did."""
+    """Against T: the share of seeds that solved the task, above, and the updates it took, below."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), layout="constrained")
     lengths, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("T", "method"))
     for n, name in enumerate(names):
-        solved = [solved_after(rows, T, name) for T in lengths]
-        at = np.arange(len(lengths)) + 0.2 * (n - (len(names) - 1) / 2)
-        shares = [100 * (len(s) - s.count(None)) / len(s) for s in solved]
-        above.bar(at, np.maximum(shares, 0.8), 0.18, color=f"C{n}", label=name)
-        for x, updates in zip(at, solved, strict=True):
-            there = [u for u in updates if u is not None]
-            below.plot([x] * len(there), there, "o", color=f"C{n}", alpha=0.6)
+        solved = [updates_until_solved(rows, T, name) for T in lengths]
+        positions = np.arange(len(lengths)) + 0.2 * (n - (len(names) - 1) / 2)
+        percentages = [100 * (len(seeds) - seeds.count(None)) / len(seeds) for seeds in solved]
+        above.bar(positions, np.maximum(percentages, 0.8), 0.18, color=f"C{n}", label=name)
+        for x, seeds in zip(positions, solved, strict=True):
+            updates = [count for count in seeds if count is not None]
+            below.plot([x] * len(updates), updates, "o", color=f"C{n}", alpha=0.6)
     above.axhline(100, color="black", linestyle="--", linewidth=0.8)
-    above.text(-0.45, 102, f"published, {task.published}", fontsize=8)
+    above.text(-0.45, 102, f"published: {task.published}", fontsize=8)
     above.set(ylabel=f"seeds that solved {task.name}, %", ylim=(0, 112))
-    below.set(ylabel="updates until solved", xlabel="T, steps")
+    below.set(ylabel="updates until solved", xlabel="sequence length T")
     for ax in (above, below):
         ax.set_xticks(range(len(lengths)), [str(T) for T in lengths])
         ax.set_xlim(-0.5, len(lengths) - 0.5)
@@ -245,21 +278,21 @@ def draw(rows: list[dict], task: Task):
 
 
 def compare(config: Config, task: Task) -> dict:
-    """Trains each way at each T, until all seeds have solved it; returns the summary."""
+    """Trains with each method at each T until all seeds have solved the task; the summary."""
     use_all_cores()
     report = Report(config)
-    every = [(T, method) for T in config.lengths for method in methods(config)]
-    found = {}
-    with tqdm(every, unit="run", disable=None) as bar:
+    runs = [(T, method) for T in config.lengths for method in methods(config)]
+    results = {}
+    with tqdm(runs, unit="run", disable=None) as bar:
         for T, method in bar:
             name = f"T {T}, {method.name}"
-            for done, errors in train(config, task, T, method):
-                report.log(T=T, method=method.name, updates=done, errors=errors)
-                solved = solved_after(report.rows, T, method.name)
+            for updates, errors in train(config, task, T, method):
+                report.log(T=T, method=method.name, updates=updates, errors=errors)
+                solved = updates_until_solved(report.rows, T, method.name)
                 count = len(solved) - solved.count(None)
-                bar.set_description(f"{name}: {done} updates, {count} solved")
+                bar.set_description(f"{name}: {updates} updates, {count} solved")
                 if count == len(solved):
                     break
-            found[name] = f"{count} of {config.seeds}"
-    ours = "; ".join(f"{name}: {count}" for name, count in found.items())
-    return report.finish(ours, partial(draw, task=task), solved=found)
+            results[name] = f"{count} of {config.seeds}"
+    summary = "; ".join(f"{name}: {count}" for name, count in results.items())
+    return report.finish(summary, partial(draw, task=task), solved=results)

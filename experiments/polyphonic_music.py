@@ -1,19 +1,18 @@
 """How well does a plain recurrent network predict the next notes of polyphonic music?
 
-A piece is a piano roll: which of 88 notes sound at each step. Each note of the next step is a
-sigmoid, so that a step costs
+A piece is a piano roll: which of 88 notes sound at each step. The network predicts each note of the
+next step by a sigmoid. The negative log-likelihood of a step is
 
-    NLL = -sum_o target_o log y_hat_o + (1 - target_o) log(1 - y_hat_o)
+    NLL = -sum_o [target_o log y_hat_o + (1 - target_o) log(1 - y_hat_o)]
 
-and a data set the mean over all steps of all its pieces but the first step of each, as in Bai,
-Kolter and Koltun (2018). The data are those of Boulanger-Lewandowski, Bengio and Vincent (2012), as
-.mat files with traindata, validdata and testdata. Three columns, as in table 1 of Pascanu, Mikolov
-and Bengio (2013): gradient descent or Adam alone, with clipping, and with clipping and their
-regulariser.
+and that of a data set is the mean over all steps of all pieces, except the first step of each piece
+(Bai, Kolter and Koltun 2018). The data are those of Boulanger-Lewandowski, Bengio and Vincent
+(2012), as .mat files with traindata, validdata and testdata. Three methods, as in table 1 of
+Pascanu, Mikolov and Bengio (2013): gradient descent or Adam alone, with clipping, and with clipping
+and their regulariser.
 
-Pieces lie one after the other in parallel streams, none cut, with a reset where one begins; the
-state is carried from window to window. The test figure is that of the epoch with the best
-validation figure.
+Pieces are concatenated to parallel streams, with a reset at the start of each piece, and the state
+is carried from window to window. The test NLL is that of the epoch with the lowest validation NLL.
 
     python -m experiments.polyphonic_music --data JSB_Chorales.mat --out runs/jsb
 """
@@ -37,18 +36,18 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import cli
 from experiments.cli import InputError
-from experiments.multi_seed import share_out, use_all_cores
+from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
 from experiments.regularizer import regularizer
 from experiments.reports import Report, finite, mean_and_spread
-from jaxrnn import Activation, Batch, Params, binary_cross_entropy, relu, tanh
+from jaxrnn import Activation, Batch, Params, TrainState, binary_cross_entropy, relu, tanh
 
 ACTIVATIONS = {"tanh": tanh, "relu": relu}
-COLUMNS = ("alone", "+ clipping", "+ clipping + regulariser")
+METHODS = ("alone", "+ clipping", "+ clipping + regulariser")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Negative log-likelihood of the next notes, in nats a step, for three ways to train."""
+    """Negative log-likelihood of the next notes, in nats per step, for three training methods."""
 
     data: Path | None = None
     """A .mat file of piano rolls, with traindata, validdata and testdata."""
@@ -57,7 +56,7 @@ class Config:
     activation: Literal["tanh", "relu"] = "relu"
     """Activation f."""
     hidden_size: int = 467
-    """Hidden units, H; 467 give 300,000 parameters, as published for JSB."""
+    """Hidden units, H; 467 give 300,000 parameters, the published number for JSB."""
     radius: float = 0.25
     """Initial spectral radius of W_h, a scaled orthogonal matrix."""
     batch_size: int = 4
@@ -67,15 +66,15 @@ class Config:
     optimizer: Literal["adam", "sgd"] = "adam"
     """Adam, or gradient descent with momentum 0.9."""
     learning_rates: tuple[float, float, float] = (0.002, 0.002, 0.002)
-    """Initial learning rates of the three columns; they decay to zero along half a cosine."""
+    """Initial learning rates of the three methods; cosine decay to zero."""
     clip: float = 0.5
-    """Threshold of the gradient's norm."""
+    """Clipping threshold for the norm of the gradient."""
     regularizer: float = 0.1
     """Weight of the regulariser."""
     dropout: float = 0.2
     """Share of input notes dropped in training."""
     published: tuple[float, ...] = ()
-    """Published results, drawn as lines beside ours."""
+    """Published results, drawn as lines in the figure."""
     seeds: int = 4
     """Number of networks, trained in parallel."""
     seed: int = 0
@@ -98,12 +97,12 @@ SMOKE = {"epochs": 2, "hidden_size": 4, "batch_size": 2, "window": 8, "seeds": 2
 
 
 def read(path: Path | None) -> dict[str, list[np.ndarray]]:
-    """The pieces of each part, (T_n, 88) of zeros and ones each."""
+    """The pieces of each part, (T_n, 88) arrays of zeros and ones."""
     if path is None:
         raise InputError("--data: expected a .mat file of piano rolls, got none")
     try:
-        with path.open("rb") as opened:
-            file = scipy.io.loadmat(opened)
+        with path.open("rb") as stream:
+            file = scipy.io.loadmat(stream)
         parts = {part: list(file[f"{part}data"][0]) for part in ("train", "valid", "test")}
     except OSError as error:
         raise InputError(f"{path}: expected a readable .mat file: {error.strerror}") from None
@@ -113,9 +112,9 @@ def read(path: Path | None) -> dict[str, list[np.ndarray]]:
 
 
 def lay_out(rng, pieces: list[np.ndarray], config: Config, windows: int = 0) -> Batch:
-    """Whole pieces, in random order, in streams of like length, cut in (windows, T, B, ...).
+    """Whole pieces, in random order, in streams of similar length: windows (windows, T, B, ...).
 
-    The target of a step is the next one of its piece. What is left at a stream's end is masked.
+    The target of a step is the next step of its piece. The mask is False after the end of a stream.
     """
     B, T, notes = config.batch_size, config.window, pieces[0].shape[1]
     streams: list[list[np.ndarray]] = [[] for _ in range(B)]
@@ -145,8 +144,8 @@ def as_floats(batch: Batch) -> Batch:
 
 
 @partial(jax.jit, static_argnames="activation")
-def nats(params: Params, batches: Batch, *, activation: Activation):
-    """For each seed the mean over all steps of all windows, the state carried along."""
+def mean_nll(params: Params, batches: Batch, *, activation: Activation):
+    """The mean NLL of each seed over all steps of all windows, with the state carried."""
 
     def mean(params):
         def window(h, batch):
@@ -162,100 +161,104 @@ def nats(params: Params, batches: Batch, *, activation: Activation):
     return jax.vmap(mean)(params)
 
 
-def make_epoch(config: Config, column: str, updates: int):
-    """The optimiser, and a function that trains all seeds, each on its own windows, once."""
-    rate = optax.cosine_decay_schedule(config.learning_rates[COLUMNS.index(column)], updates)
-    clip = optax.identity() if column == COLUMNS[0] else optax.clip_by_global_norm(config.clip)
-    descend = optax.adam(rate) if config.optimizer == "adam" else optax.sgd(rate, momentum=0.9)
-    optimizer = optax.chain(clip, descend)
-    weight = config.regularizer if column == COLUMNS[2] else 0.0
-    f, loss = ACTIVATIONS[config.activation], binary_cross_entropy
+def make_gradient_fn(config: Config, method: str):
+    """The gradient of the loss, with input dropout if there is a key, plus the regulariser's."""
+    weight = config.regularizer if method == METHODS[2] else 0.0
+    options: dict = {"activation": ACTIVATIONS[config.activation], "loss": binary_cross_entropy}
 
-    def gradient(params, batch, h):
-        (value, h_T), grads = jaxrnn.bptt(params, batch, h, activation=f, loss=loss)
+    def gradient_fn(params, batch, h, *, key=None):
+        if key is not None:
+            keep = jax.random.bernoulli(key, 1 - config.dropout, batch.xs.shape)
+            batch = batch._replace(xs=batch.xs * keep / (1 - config.dropout))
+        (value, h_T), grads = jaxrnn.bptt(params, batch, h, **options)
         if weight:
-            omega = jax.grad(regularizer)(params, batch, h, activation=f, loss=loss)
-            grads = jax.tree.map(lambda d, d_omega: d + weight * d_omega, grads, omega)
-        return value, h_T, grads
+            omega_grads = jax.grad(regularizer)(params, batch, h, **options)
+            grads = jax.tree.map(lambda d, d_omega: d + weight * d_omega, grads, omega_grads)
+        return (value, h_T), grads
 
-    def update(carry, inputs):
-        (params, opt_state, h), (key, batch) = carry, inputs
-        batch = as_floats(batch)
-        kept = jax.random.bernoulli(key, 1 - config.dropout, batch.xs.shape)
-        batch = batch._replace(xs=batch.xs * kept / (1 - config.dropout))
-        value, h, grads = gradient(params, batch, h)
-        changes, opt_state = optimizer.update(grads, opt_state)
-        return (optax.apply_updates(params, changes), opt_state, h), value
+    return gradient_fn
+
+
+def make_optimizer(config: Config, method: str, updates: int) -> optax.GradientTransformation:
+    rate = optax.cosine_decay_schedule(config.learning_rates[METHODS.index(method)], updates)
+    clip = optax.identity() if method == METHODS[0] else optax.clip_by_global_norm(config.clip)
+    descent = optax.adam(rate) if config.optimizer == "adam" else optax.sgd(rate, momentum=0.9)
+    return optax.chain(clip, descent)
+
+
+def init_states(config: Config, notes: int, optimizer) -> TrainState:
+    """The states of all seeds, stacked."""
+    key_init, key_dropout = jax.random.split(jax.random.key(config.seed))
+    B, H = config.batch_size, config.hidden_size
+    orthogonal = jax.nn.initializers.orthogonal(config.radius)
+    keys = (jax.random.split(key, config.seeds) for key in (key_init, key_dropout))
+    states = []
+    for key_init, key_dropout in zip(*keys, strict=True):
+        params = jaxrnn.init(key_init, notes, H, notes, W_h_init=orthogonal)
+        h = jnp.zeros((B, H))
+        states.append(jaxrnn.init_state(params, optimizer, h, key=key_dropout))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):
+    """Yields after each epoch the training, validation and test NLL of all seeds."""
+    rngs = [np.random.default_rng((config.seed, n)) for n in range(config.seeds)]
+    windows = lay_out(rngs[0], pieces["train"], config).xs.shape[0] + 1
+    wide = dataclasses.replace(config, batch_size=16)
+    valid, test = (lay_out(rngs[0], pieces[part], wide) for part in ("valid", "test"))
+    evaluate = partial(mean_nll, activation=ACTIVATIONS[config.activation])
+    optimizer = make_optimizer(config, method, windows * config.epochs)
+    update = jaxrnn.make_update(make_gradient_fn(config, method), optimizer)
 
     @jax.jit
     @jax.vmap
-    def epoch(params, opt_state, key, batches):
-        h_0 = jnp.zeros((config.batch_size, config.hidden_size))
-        keys = jax.random.split(key, batches.xs.shape[0])
-        state, values = lax.scan(update, (params, opt_state, h_0), (keys, batches))
-        return *state[:2], values.mean()
+    def run_epoch(state, batches):
+        state = state._replace(h=jnp.zeros_like(state.h))
+        state, metrics = lax.scan(lambda s, batch: update(s, as_floats(batch)), state, batches)
+        results = state.params, metrics.loss.mean()
+        params, loss = nan_if_skipped(results, metrics.skipped)
+        return state._replace(params=params), loss
 
-    return optimizer, epoch
-
-
-def train(config: Config, column: str, pieces: dict[str, list[np.ndarray]]):
-    """Yields after each epoch the training, validation and test figures of all seeds."""
-    rngs = [np.random.default_rng((config.seed, n)) for n in range(config.seeds)]
-    windows = lay_out(rngs[0], pieces["train"], config).xs.shape[0] + 1
-    optimizer, epoch = make_epoch(config, column, windows * config.epochs)
-    wide = dataclasses.replace(config, batch_size=16)
-    evaluate = partial(nats, activation=ACTIVATIONS[config.activation])
-    valid, test = (lay_out(rngs[0], pieces[part], wide) for part in ("valid", "test"))
-
-    key_init, key_dropout = jax.random.split(jax.random.key(config.seed))
-    notes, H = pieces["train"][0].shape[1], config.hidden_size
-    orthogonal = jax.nn.initializers.orthogonal(config.radius)
-    started = [
-        jaxrnn.init(key, notes, H, notes, W_h_init=orthogonal)
-        for key in jax.random.split(key_init, config.seeds)
-    ]
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *started)
-    params, opt_state = share_out((params, jax.vmap(optimizer.init)(params)))
-    for n in range(config.epochs):
-        laid_out = [lay_out(rng, pieces["train"], config, windows) for rng in rngs]
-        batches = share_out(jax.tree.map(lambda *leaves: np.stack(leaves), *laid_out))
-        keys = share_out(jax.random.split(jax.random.fold_in(key_dropout, n), config.seeds))
-        params, opt_state, values = epoch(params, opt_state, keys, batches)
-        figures = (values, evaluate(params, valid), evaluate(params, test))
-        yield [np.asarray(figure) for figure in figures]
+    state = shard_seeds(init_states(config, pieces["train"][0].shape[1], optimizer))
+    for _ in range(config.epochs):
+        layouts = [lay_out(rng, pieces["train"], config, windows) for rng in rngs]
+        batches = shard_seeds(jax.tree.map(lambda *leaves: np.stack(leaves), *layouts))
+        state, losses = run_epoch(state, batches)
+        results = losses, evaluate(state.params, valid), evaluate(state.params, test)
+        yield [np.asarray(nll) for nll in results]
 
 
-def at_best(rows: list[dict]) -> list[float]:
-    """For each seed the test figure of the epoch with the best validation figure, if one has."""
+def best_test_nll(rows: list[dict]) -> list[float]:
+    """For each seed the test NLL at the lowest validation NLL; NaN if every epoch diverged."""
     valid, test = (np.array([row[part] for row in rows], float) for part in ("valid", "test"))
     best = np.where(np.isnan(valid), np.inf, valid).argmin(axis=0)
     return test[best, np.arange(test.shape[1])].tolist()
 
 
 def draw(rows: list[dict], published: tuple[float, ...] = ()):
-    """Left: validation figures over epochs; right: the test figures, a point a seed."""
+    """Left: validation NLL over epochs, mean and range; right: test NLL, seeds as points."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(10, 4.2), layout="constrained", width_ratios=(3, 2)
     )
-    for n, column in enumerate(dict.fromkeys(row["column"] for row in rows)):
-        mine = [row for row in rows if row["column"] == column]
-        epochs = [row["epoch"] for row in mine]
-        valid = np.array([row["valid"] for row in mine], float)
-        left.plot(epochs, valid.mean(axis=1), f"C{n}", label=column)
+    for n, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        of_method = [row for row in rows if row["method"] == method]
+        epochs = [row["epoch"] for row in of_method]
+        valid = np.array([row["valid"] for row in of_method], float)
+        left.plot(epochs, valid.mean(axis=1), f"C{n}", label=method)
         left.fill_between(epochs, valid.min(axis=1), valid.max(axis=1), color=f"C{n}", alpha=0.2)
-        tests = at_best(mine)
-        right.plot([n] * len(tests), tests, f"C{n}o", alpha=0.7)
+        test = best_test_nll(of_method)
+        right.plot([n] * len(test), test, f"C{n}o", alpha=0.7)
     for value in published:
         right.axhline(value, color="k", lw=0.8, ls="--")
         right.annotate(f"published {value}", (2.4, value), ha="right", va="bottom", fontsize=8)
-    left.set(xlabel="epochs", ylabel="NLL on validation pieces, nats a step")
+    left.set(xlabel="epochs", ylabel="NLL of validation pieces, nats per step")
     left.xaxis.get_major_locator().set_params(integer=True)
-    floor = np.fmin.reduce([row["valid"] for row in rows], axis=None, dtype=float)
-    if np.isfinite(floor):
-        left.set_ylim(0.98 * floor, 1.25 * floor)
+    lowest = np.fmin.reduce([row["valid"] for row in rows], axis=None, dtype=float)
+    if np.isfinite(lowest):
+        left.set_ylim(0.98 * lowest, 1.25 * lowest)
     left.legend()
-    right.set(ylabel="NLL on test pieces, nats a step", xlim=(-0.5, len(COLUMNS) - 0.5))
-    right.set_xticks(range(len(COLUMNS)), [column.replace(" + ", "\n+ ") for column in COLUMNS])
+    right.set(ylabel="NLL of test pieces, nats per step", xlim=(-0.5, len(METHODS) - 0.5))
+    right.set_xticks(range(len(METHODS)), [method.replace(" + ", "\n+ ") for method in METHODS])
     for ax in (left, right):
         ax.grid(alpha=0.3)
     return figure
@@ -266,19 +269,20 @@ def main(config: Config) -> dict:
     use_all_cores()
     report = Report(config)
     results = {}
-    for column in COLUMNS:
-        bar = tqdm(train(config, column, pieces), total=config.epochs, unit="epoch", disable=None)
-        for epoch, figures in enumerate(bar, start=1):
-            parts = zip(("train", "valid", "test"), map(finite, figures), strict=True)
-            report.log(column=column, epoch=epoch, **dict(parts))
-            bar.set_description(f"{column}: valid {figures[1].mean():.2f}")
-        results[column] = at_best([row for row in report.rows if row["column"] == column])
+    for method in METHODS:
+        bar = tqdm(train(config, method, pieces), total=config.epochs, unit="epoch", disable=None)
+        for epoch, nlls in enumerate(bar, start=1):
+            parts = zip(("train", "valid", "test"), map(finite, nlls), strict=True)
+            report.log(method=method, epoch=epoch, **dict(parts))
+            bar.set_description(f"{method}: validation NLL {nlls[1].mean():.2f}")
+        of_method = [row for row in report.rows if row["method"] == method]
+        results[method] = best_test_nll(of_method)
     name = {"adam": "Adam", "sgd": "gradient descent"}[config.optimizer]
-    found = "; ".join(f"{column} {mean_and_spread(r, 2)}" for column, r in results.items())
+    texts = [f"{method} {mean_and_spread(test, 2)}" for method, test in results.items()]
     return report.finish(
-        f"{name}: {found}",
+        f"{name}: {'; '.join(texts)}",
         partial(draw, published=config.published),
-        test={column: finite(r) for column, r in results.items()},
+        test={method: finite(test) for method, test in results.items()},
     )
 
 

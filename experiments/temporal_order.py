@@ -1,8 +1,9 @@
-"""Temporal order: what does it take to remember two symbols for T steps?
+"""Temporal order: which training methods teach a network to remember two symbols over T steps?
 
-Two of T symbols matter, one at 10 to 20 % of the way and one at 50 to 60 %: which were they, in
-which order (Hochreiter and Schmidhuber 1997, task 6a, as Pascanu, Mikolov and Bengio 2013 have it)?
-The ways to train are those of long_lag_tasks.
+Two of the T symbols are relevant, one between 10 and 20 % of the sequence and one between 50 and
+60 %; the others are distractors. The network classifies which two symbols they were, in order
+(Hochreiter and Schmidhuber 1997, task 6a, in the version of Pascanu, Mikolov and Bengio 2013). The
+training methods are those of long_lag_tasks.
 
     python -m experiments.temporal_order --out runs/temporal_order
 """
@@ -22,7 +23,7 @@ from jaxrnn import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Config(long_lag_tasks.Config):
-    """Success rates in temporal order against T, for four ways to train."""
+    """Success rate in temporal order against the sequence length, for four training methods."""
 
     lengths: tuple[int, ...] = (50, 100, 200)
     """Sequence lengths T."""
@@ -35,7 +36,7 @@ class Config(long_lag_tasks.Config):
 
 
 def order_batch(key, T: int, B: int) -> Batch:
-    """Symbols 0 and 1 matter, 2 to 5 distract; the target at the last step is one of four."""
+    """Symbols 0 and 1 are relevant, 2 to 5 distractors; the last step's target is one of four."""
     key_others, key_first, key_second, key_which = jax.random.split(key, 4)
     xs = jax.random.randint(key_others, (T, B), 2, 6)
     first = jax.random.randint(key_first, (B,), T // 10, T // 5)

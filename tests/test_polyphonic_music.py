@@ -31,7 +31,7 @@ def test_the_best_epoch_of_each_seed_counts_and_none_of_one_that_diverged():
         {"valid": [3.0, 2.0, np.nan], "test": [3.1, 2.1, np.nan]},
         {"valid": [1.0, np.nan, np.nan], "test": [1.5, np.nan, np.nan]},
     ]
-    np.testing.assert_equal(polyphonic_music.at_best(rows), [1.5, 2.1, np.nan])
+    np.testing.assert_equal(polyphonic_music.best_test_nll(rows), [1.5, 2.1, np.nan])
 
 
 def test_music_that_has_diverged_is_written_as_json_all_the_same(music, tmp_path):
@@ -72,6 +72,6 @@ def test_pieces_are_laid_out_whole(music):
         )
         sums, steps = sums + value * (len(roll) - 1), steps + len(roll) - 1
     stacked = jax.tree.map(lambda leaf: leaf[None], params)
-    assert polyphonic_music.nats(stacked, batches, activation=jaxrnn.relu)[0] == pytest.approx(
+    assert polyphonic_music.mean_nll(stacked, batches, activation=jaxrnn.relu)[0] == pytest.approx(
         float(sums) / steps, rel=1e-5
     )

@@ -116,7 +116,7 @@ def test_the_first_solved_check_counts():
             (5, "m", 30, [0.3, 0.9]),
         ]
     ]
-    assert long_lag_tasks.solved_after(rows, 5, "m") == [20, 10]
+    assert long_lag_tasks.updates_until_solved(rows, 5, "m") == [20, 10]
 
 
 def test_copying_asks_for_the_symbols_again():
@@ -128,7 +128,7 @@ def test_copying_asks_for_the_symbols_again():
     assert (xs[:10] < 8).all()
     assert (targets[:-10] == copy_memory.BLANK).all()
     assert (xs[10:].argmax(axis=0) == T - 1).all()  # the marker, right before the answer
-    assert copy_memory.memoryless(1000) == pytest.approx(0.0204, abs=2e-4)
+    assert copy_memory.memoryless_loss(1000) == pytest.approx(0.0204, abs=2e-4)
 
 
 def test_the_regulariser_is_zero_where_every_step_keeps_the_norm(x64):
