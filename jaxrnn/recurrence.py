@@ -47,7 +47,7 @@ def block_steps(T: int, B: int, I: int, H: int, O: int) -> int:
     if jax.default_backend() == "gpu":
         return near_divisor(T, 128)
     size = max(1, B * max(I, H, O))
-    K = min(512, max(1, 2**17 // size, 512 // max(1, B)))
+    K = min(512, max(1, 2**16 // size, 512 // max(1, B)))
     return T if 4 * T * H <= K * I else near_divisor(T, K)
 
 

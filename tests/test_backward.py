@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch, backward
+from jaxrnn import Batch, backward, recurrence
 from tests.reference import (
     Case,
     oracle_value_and_grad,
