@@ -29,7 +29,8 @@ def unroll_bidirectional(layers, xs, mask):
     for forward, backward in layers[:-1]:
         hs = both_directions(jaxrnn.hidden_states, forward, backward, xs, mask)
         xs = jnp.concatenate(hs, axis=-1)
-    return sum(both_directions(jaxrnn.unroll, *layers[-1], xs, mask))
+    forward, backward = layers[-1]
+    return sum(both_directions(jaxrnn.unroll, forward, backward, xs, mask))
 
 
 def loss(layers, batch, h=None):

@@ -47,7 +47,7 @@ gradient_fn = jax.value_and_grad(loss, has_aux=True)
 def main() -> None:
     text = "she sells sea shells by the sea shore; the shells she sells are sea shells. " * 8
     letters, tokens = np.unique(list(text), return_inverse=True)
-    columns = tokens.reshape(8, -1).T  # (T, 8)
+    columns = jnp.array(tokens.reshape(8, -1).T)  # (T, 8)
     batch = Batch(columns[:-1], columns[1:])
     params = init(jax.random.key(0), len(letters), 8, 32, 16, len(letters))
     result = jaxrnn.fit(
