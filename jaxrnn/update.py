@@ -131,12 +131,19 @@ def init_state(
     return copy
 
 
+_CALL_FIRST = ". An optax optimiser is called first: optax.adam(1e-3)"
+
+
 def check_optimizer(optimizer: Any) -> None:
-    """Raises TypeError unless optimizer is an optax optimiser or a function."""
-    if not _is_optax(optimizer) and not callable(optimizer):
+    """Raises TypeError unless optimizer is an optax optimiser or a function that may be a rule."""
+    if _is_optax(optimizer):
+        return
+    # Called as a rule, optax.adam fails somewhere inside optax, or returns an optimiser.
+    uncalled = str(getattr(optimizer, "__module__", "")).startswith("optax.")
+    if uncalled or not callable(optimizer):
         raise TypeError(
             "optimizer: expected an optax optimiser or a rule (params, grads) -> params, got "
-            f"{optimizer!r}"
+            f"{optimizer!r}{_CALL_FIRST if uncalled else ''}"
         )
 
 
@@ -159,7 +166,7 @@ def _apply(
     if expected != got:
         raise TypeError(
             "optimizer: expected a rule that returns new parameters of the same shapes, got "
-            f"{new!r} from {optimizer!r}. An optax optimiser is called first: optax.adam(1e-3)"
+            f"{new!r} from {optimizer!r}{_CALL_FIRST}"
         )
     return new, opt_state
 

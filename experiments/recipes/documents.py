@@ -1,8 +1,7 @@
-"""Documents of any length in one stream, learned window by window with the state carried on.
+"""Documents of any length in one stream, trained in windows with the state carried between them.
 
-The rule: `reset[t]` says that step t is the first of a new sequence; nothing, value or gradient,
-passes from step t-1 to step t. So no state is carried from one document into the next, and no
-step is padding.
+`reset[t]` marks step t as the first of a document: neither state nor gradient passes from step t-1
+to step t. Documents do not leak into each other, and no step is padding.
 Run: python -m experiments.recipes.documents
 """
 
@@ -16,13 +15,13 @@ from jaxrnn import Batch
 
 
 def join(sequences: list[Batch]) -> Batch:
-    """Lays sequences, each (T_n, ...), end to end with a reset at the first step of each."""
+    """Joins sequences, each (T_n, ...), end to end, with a reset at the first step of each."""
     marked = [sequence._replace(reset=np.arange(len(sequence.xs)) == 0) for sequence in sequences]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *marked)
 
 
 def side_by_side(stream: Batch, N: int) -> Batch:
-    """(T, ...) -> (T // N, N, ...): N parts of one stream, read in parallel."""
+    """(T, ...) -> (T // N, N, ...): the stream in N parts of equal length, as a batch."""
     T = stream.xs.shape[0] // N
     return jax.tree.map(
         lambda leaf: leaf[: T * N].reshape(N, T, *leaf.shape[1:]).swapaxes(0, 1), stream
@@ -30,7 +29,7 @@ def side_by_side(stream: Batch, N: int) -> Batch:
 
 
 def main() -> None:
-    # Each document counts up to 9 from some number; the last step's target is where it began.
+    # Each document counts up to 9 from a random number; its last target is that number.
     rng = np.random.default_rng(0)
     runs = [jnp.arange(start, 10) for start in rng.integers(0, 9, 400)]
     stream = side_by_side(join([Batch(run, jnp.roll(run, -1)) for run in runs]), 8)
@@ -43,7 +42,7 @@ def main() -> None:
         h_0=jnp.zeros((8, 32)),
         max_epochs=30,
     )
-    print([round(epoch.train_loss, 3) for epoch in result.history[::5]])
+    print("loss by epoch:", [round(epoch.train_loss, 3) for epoch in result.history[::5]])
 
 
 if __name__ == "__main__":

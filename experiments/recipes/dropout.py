@@ -1,28 +1,32 @@
-"""Dropout: between layers, fixed over time, and on the recurrence.
+"""Dropout between layers and on the recurrence, with new masks at each update.
 
-A mask that is drawn anew at each step is (T, *batch, H); one that is fixed over time (Gal and
-Ghahramani 2016) is (*batch, H) and broadcasts over T. On the recurrence it must be fixed, or the
-state would be gone after a few steps; there it goes between the steps, so the loop is a scan.
+A gradient function that takes `key=` may be random. `fit(gradient_key=...)` calls it with another
+key at each update, and without a key to evaluate, so evaluation has no dropout. The key of update n
+follows from n, so a resumed run draws the masks of an uninterrupted one.
+
+A mask drawn for each step is (T, *batch, I); a mask shared by all steps (Gal and Ghahramani 2016)
+is (*batch, I). On the recurrence it is shared: independent masks erase the state in a few steps.
 Run: python -m experiments.recipes.dropout
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 import jaxrnn
+from experiments.recipes.stack import init_stack
+from jaxrnn import Batch
 
 
 def draw(key, rate, shape, dtype=jnp.float32):
-    """1/(1 - rate) with probability 1 - rate, else 0: the mean of what it multiplies stays."""
+    """1 / (1 - rate) with probability 1 - rate, else 0, so that the mean is 1."""
     keep = jax.random.bernoulli(key, 1 - rate, shape)
-    return jnp.where(keep, 1 / (1 - rate), 0).astype(dtype)
+    return keep.astype(dtype) / (1 - rate)
 
 
 def unroll_with_dropout(layers, xs, drops, *, mask=None):
-    """drops: one for what goes into each layer, (T, *batch, I) or (*batch, I)."""
+    """drops: a factor for the inputs of each layer, (T, *batch, I) or (*batch, I)."""
     for layer, drop in zip(layers[:-1], drops[:-1], strict=True):
         _, xs = jaxrnn.hidden_states(layer, xs * drop, mask=mask)
     return jaxrnn.unroll(layers[-1], xs * drops[-1], mask=mask)
@@ -33,14 +37,32 @@ def unroll_with_recurrent_dropout(params, xs, h_0, drop):
     return lax.scan(lambda h, x: jaxrnn.step(params, drop * h, x), h_0, xs)
 
 
+def loss(layers, batch, h=None, *, key=None, rate=0.2):
+    """(mean loss, None): random with a key, deterministic without. No state is carried."""
+    drops = [1.0] * len(layers)
+    if key is not None:
+        keys = jax.random.split(key, len(layers))
+        sizes = [layer.W_x.shape[1] for layer in layers]
+        drops = [draw(k, rate, (batch.xs.shape[1], I)) for k, I in zip(keys, sizes, strict=True)]
+    _, ys = unroll_with_dropout(layers, batch.xs, drops, mask=batch.mask)
+    return jaxrnn.mean_loss(ys, batch), None
+
+
+gradient_fn = jax.value_and_grad(loss, has_aux=True)
+
+
 def main() -> None:
-    T, B, I, H = 10, 4, 3, 8
-    key_1, key_2, key_each, key_fixed = jax.random.split(jax.random.key(0), 4)
-    layers = [jaxrnn.init(key_1, I, H, 1), jaxrnn.init(key_2, H, H, 2)]
-    drop = partial(draw, rate=0.2)
-    drops = [drop(key_fixed, shape=(B, I)), drop(key_each, shape=(T, B, H))]
-    _, ys = jax.jit(unroll_with_dropout)(layers, jnp.ones((T, B, I)), drops)
-    print("each step apart:", ys.std(axis=0).mean())
+    # Is the sum of all inputs so far positive?
+    key_init, key_data, key_fit, key_dropout = jax.random.split(jax.random.key(0), 4)
+    xs = jax.random.normal(key_data, (20, 512, 10))
+    data = Batch(xs, (xs.sum(axis=-1).cumsum(axis=0) > 0).astype(int))
+    train, valid = (jax.tree.map(lambda x, n=n: x[:, n::2], data) for n in (0, 1))
+    result = jaxrnn.fit(
+        key_fit, init_stack(key_init, 10, [32, 32], 2), train, valid,
+        optimizer=optax.adam(1e-2), gradient_fn=gradient_fn, gradient_key=key_dropout,
+        batch_size=16, max_epochs=8,
+    )  # fmt: skip
+    print("held-out loss:", [round(epoch.valid_loss, 3) for epoch in result.history])
 
 
 if __name__ == "__main__":

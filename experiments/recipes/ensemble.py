@@ -27,20 +27,15 @@ from jaxrnn import Batch
 
 SEEDS, T, B, H = 64, 50, 16, 32
 optimizer = optax.adam(1e-2)
+update = jaxrnn.make_update(jaxrnn.bptt, optimizer)
 
 
 def train(batch, updates, key):
-    """One run, a function of its seed: parameters, and the loss before each update."""
+    """One run as a function of its key: the parameters, and the loss before each update."""
     params = jaxrnn.init(key, batch.xs.shape[-1], H, 2)
-
-    def update(state, _):
-        params, opt_state = state
-        (value, _), grads = jaxrnn.bptt(params, batch)
-        changes, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, changes), opt_state), value
-
-    (params, _), values = lax.scan(update, (params, optimizer.init(params)), length=updates)
-    return params, values
+    state = jaxrnn.init_state(params, optimizer)
+    state, metrics = lax.scan(lambda state, _: update(state, batch), state, length=updates)
+    return state.params, metrics.loss
 
 
 def train_all(batch, updates, keys, devices):

@@ -1,13 +1,21 @@
-"""The layer inside a Flax NNX module: its parameters are the module's, its functions jaxrnn's.
+"""The network inside a Flax NNX module: the module holds the parameters, jaxrnn the functions.
 
-Run: python -m experiments.recipes.flax_module (wants flax)
+`nnx.split` separates the parameters of a module, which `fit` trains, from its structure.
+Run: python -m experiments.recipes.flax_module (needs flax: pip install -e '.[peers]')
 """
 
+from functools import partial
+
 import jax
-import jax.numpy as jnp
-from flax import nnx
+import optax
 
 import jaxrnn
+from jaxrnn import Batch
+
+try:
+    from flax import nnx
+except ImportError:
+    raise SystemExit("flax: not installed; pip install -e '.[peers]' installs it") from None
 
 
 class Recurrent(nnx.Module):
@@ -22,11 +30,24 @@ class Recurrent(nnx.Module):
         return jaxrnn.unroll(params, xs, h_0, mask=mask, reset=reset)[1]
 
 
+def loss(graphdef, params, batch, h=None):
+    """(mean loss, None) of the module that `nnx.split` separated. No state is carried."""
+    model = nnx.merge(graphdef, params)
+    return jaxrnn.mean_loss(model(batch.xs, mask=batch.mask, reset=batch.reset), batch), None
+
+
 def main() -> None:
-    model = Recurrent(3, 5, 2, rngs=nnx.Rngs(0))
-    xs = jax.random.normal(jax.random.key(0), (7, 4, 3))
-    grads = nnx.jit(nnx.grad(lambda model: (model(xs) ** 2).mean()))(model)
-    print(jax.tree.map(jnp.shape, nnx.to_pure_dict(grads)))
+    bits = jax.random.bernoulli(jax.random.key(0), 0.5, (6, 64, 1)).astype(float)
+    batch = Batch(bits, bits[..., 0].cumsum(axis=0).astype(int) % 2)
+    model = Recurrent(1, 16, 2, rngs=nnx.Rngs(1))
+    graphdef, params = nnx.split(model)
+    result = jaxrnn.fit(
+        jax.random.key(2), params, batch, optimizer=optax.adam(1e-2),
+        gradient_fn=jax.value_and_grad(partial(loss, graphdef), has_aux=True),
+    )  # fmt: skip
+    nnx.update(model, result.best)
+    accuracy = (model(bits).argmax(axis=-1) == batch.targets).mean()
+    print(f"loss {result.history[-1].train_loss:.3f}, accuracy {accuracy:.3f}")
 
 
 if __name__ == "__main__":

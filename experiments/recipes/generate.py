@@ -1,7 +1,8 @@
-"""Teacher forcing against free running.
+"""Teacher forcing and free running.
 
-Teacher forcing gives each step the true token before, so all steps are known at once: `unroll`.
-Free running gives each step what the one before has drawn: `step` in a `lax.scan`.
+With teacher forcing each step reads the true previous token. All inputs are known, so `unroll`
+computes all steps at once. In free running each step reads the token that the previous step drew,
+by `step` in a `lax.scan`.
 Run: python -m experiments.recipes.generate
 """
 
@@ -15,13 +16,14 @@ from jaxrnn import Batch
 
 
 def generate(key, params, h, token, length, temperature=1.0):
-    """Goes on from a state h (*batch, H) and the token (*batch) to be read next.
+    """Draws tokens, from the state h (*batch, H) and the first token to read, (*batch).
 
-    Returns the last state and the tokens drawn, (length, *batch).
+    Returns the last state and the tokens, (length, *batch).
     """
 
-    def body(now, key):
-        h, y = jaxrnn.step(params, *now)
+    def body(carry, key):
+        h, token = carry
+        h, y = jaxrnn.step(params, h, token)
         token = jax.random.categorical(key, y / temperature)
         return (h, token), token
 

@@ -1,10 +1,10 @@
-"""How a disturbance of the state at step t arrives at the last step: dh_T/dh_t, by forward mode.
+"""How a perturbation of the state at step t reaches the last step: dh_T/dh_t, by forward mode.
 
     J_t = dh_t/dh_{t-1} = diag(f'(z_t)) W_h        dh_T/dh_t = J_T J_{T-1} ... J_{t+1}
 
-in this order: the later on the left. Their singular values are by how much the directions shrink or
-grow (Pascanu, Mikolov, Bengio 2013); the largest Lyapunov exponent is the mean growth of the
-longest, per step, in nats (Benettin et al. 1980). `jaxrnn.gradient_flow` is the same for a loss.
+Singular values of dh_T/dh_t are the factors by which perturbations grow or shrink (Pascanu,
+Mikolov, Bengio 2013). The largest Lyapunov exponent is the mean growth per step, in nats, of the
+direction that grows most (Benettin et al. 1980). `jaxrnn.gradient_flow` is the same for a loss.
 Run: python -m experiments.recipes.jacobians
 """
 
@@ -16,7 +16,7 @@ import jaxrnn
 
 
 def step_jacobians(params, xs, h_0, activation=jaxrnn.tanh):
-    """J_1 ... J_T, (T, H, H), for one sequence xs (T, I); vmap over more."""
+    """J_1 ... J_T, (T, H, H), for one sequence xs (T, I); `vmap` for more."""
     _, hs = jaxrnn.hidden_states(params, xs, h_0, activation=activation)
     before = jnp.concatenate([h_0[None], hs])[: len(hs)]
 
@@ -27,7 +27,7 @@ def step_jacobians(params, xs, h_0, activation=jaxrnn.tanh):
 
 
 def jacobian_products(Js):
-    """dh_T/dh_t for t = 0 ... T, (T + 1, H, H); the last is the identity."""
+    """dh_T/dh_t for t = 0 ... T, (T + 1, H, H). The last is the identity."""
     identity = jnp.eye(Js.shape[1], dtype=Js.dtype)
 
     def body(product, J):
@@ -38,9 +38,9 @@ def jacobian_products(Js):
 
 
 def lyapunov_exponents(Js):
-    """All H, the largest first: the mean of log |diag R_t| where J_t Q_{t-1} = Q_t R_t.
+    """All H, largest first: the mean over t of log |diag R_t|, where J_t Q_{t-1} = Q_t R_t.
 
-    A product of many Jacobians overflows or collapses to one direction; QR at each step does not.
+    A product of many Jacobians overflows or collapses to one direction; QR at each step avoids it.
     """
 
     def body(Q, J):
@@ -59,8 +59,8 @@ def main() -> None:
         Js = jax.jit(step_jacobians)(params, xs, h_0)
         singular = jnp.linalg.svd(jacobian_products(Js[-20:])[0], compute_uv=False)
         largest = lyapunov_exponents(Js)[0]
-        print(f"gain {gain}: dh_T/dh_(T-20) grows by {singular[0]:8.2g} to {singular[-1]:8.2g}, "
-              f"largest exponent {largest:+.3f}")  # fmt: skip
+        print(f"gain {gain}: singular values of dh_T/dh_(T-20) from {singular[-1]:.2g} to "
+              f"{singular[0]:.2g}, largest exponent {largest:+.3f}")  # fmt: skip
 
 
 if __name__ == "__main__":

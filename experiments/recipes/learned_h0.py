@@ -1,8 +1,11 @@
-"""A learned initial state: one h_0 (H,) for all sequences, a parameter like the others.
+"""A learned initial state: one h_0 for all sequences, a parameter like the others.
 
-`bptt` gives no gradient by h_0; `sequence_loss` is differentiable by all of its arguments.
+`bptt` returns no gradient by h_0. `sequence_loss` is differentiable by all its arguments, and
+training takes any pytree of parameters, here the pair (Params, h_0).
 Run: python -m experiments.recipes.learned_h0
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +14,25 @@ import jaxrnn
 from jaxrnn import Batch
 
 
-def loss(theta, batch):
-    """theta: (Params, h_0); h_0 is repeated for each sequence of the batch."""
+def loss(theta, batch, h=None):
+    """theta: (Params, h_0) with h_0 (H,). Each sequence starts from h_0, so h is not read."""
     params, h_0 = theta
     h_0s = jnp.broadcast_to(h_0, (batch.xs.shape[1], *h_0.shape))
-    return jaxrnn.sequence_loss(params, batch, h_0s)[0]
+    return jaxrnn.sequence_loss(params, batch, h_0s)
+
+
+gradient_fn = jax.value_and_grad(loss, has_aux=True)
 
 
 def main() -> None:
-    # The first output is wanted before the state has seen anything that tells it.
+    # Inputs that are all zero, outputs 1, 0, 1.
     batch = Batch(jnp.zeros((3, 4, 1)), jnp.tile(jnp.array([[1], [0], [1]]), (1, 4)))
     theta = jaxrnn.init(jax.random.key(0), input_size=1, hidden_size=8, output_size=2), jnp.zeros(8)
-    update = jax.jit(lambda theta: jaxrnn.sgd(theta, jax.grad(loss)(theta, batch), 0.5))
-    print("before:", loss(theta, batch))
-    for _ in range(100):
-        theta = update(theta)
-    print("after: ", loss(theta, batch))
+    result = jaxrnn.fit(
+        jax.random.key(1), theta, batch,
+        optimizer=partial(jaxrnn.sgd, learning_rate=0.5), gradient_fn=gradient_fn,
+    )  # fmt: skip
+    print(f"loss: {loss(theta, batch)[0]:.3f} to {loss(result.best, batch)[0]:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A network inside somebody else's `lax.scan`: a recurrent policy in an environment loop.
+"""The network inside another `lax.scan`: a recurrent policy in the loop of an environment.
 
-An environment says after step t that an episode has ended; the network wants to know at step t
-that a new one begins. So `done` is carried one step on, and is the `reset` of the step after it.
-With the resets kept, `unroll` gives the same outputs again for the loss, all steps at once.
+An environment reports after step t that an episode ended; the network needs to know before step
+t+1 that another begins. So `done` is carried to the next step, where it is the `reset`. With these
+resets `unroll` computes the same outputs again, all steps at once, as a loss needs them.
 Run: python -m experiments.recipes.policy
 """
 
@@ -20,15 +20,16 @@ class Actor(NamedTuple):
 
     env_state: Any
     observation: jax.Array  # (B, I)
-    done: jax.Array  # (B,) bool: the step before was the last of its episode
+    done: jax.Array  # (B,) bool: the previous step ended an episode
     h: jax.Array  # (B, H)
 
 
 def rollout(key, params, actor, env_step, length):
-    """env_step: (env_state, action) -> env_state, observation, reward, done, resetting itself.
+    """env_step: (env_state, action) -> (env_state, observation, reward, done); it resets itself.
 
     Returns the actor after the last step, and (observations, reset, actions, rewards), each
-    (length, B, ...). The loss then takes `unroll(params, observations, h_0, reset=reset)`.
+    (length, B, ...). With returns computed from the rewards, the policy gradient is `bptt` of
+    `Batch(observations, actions, reset=reset, weights=returns)` from the h of the first actor.
     """
 
     def body(actor, key):
@@ -36,14 +37,14 @@ def rollout(key, params, actor, env_step, length):
         h, logits = jaxrnn.step(params, h, actor.observation)
         action = jax.random.categorical(key, logits)
         env_state, observation, reward, done = env_step(actor.env_state, action)
-        seen = actor.observation, actor.done, action, reward
-        return Actor(env_state, observation, done, h), seen
+        transition = actor.observation, actor.done, action, reward
+        return Actor(env_state, observation, done, h), transition
 
     return lax.scan(body, actor, jax.random.split(key, length))
 
 
 def recall(t, action):
-    """An episode of 4 steps: say at the last which it is of the environment's two kinds."""
+    """Episodes of 4 steps: the last action should name the cue seen at the first step."""
     B, last = t.shape[0], t % 4 == 3
     reward = (last & (action == jnp.arange(B) % 2)).astype(jnp.float32)
     t = t + 1
@@ -57,7 +58,7 @@ def main() -> None:
     actor = Actor(jnp.arange(B), jnp.zeros((B, 3)), jnp.ones(B, bool), jnp.zeros((B, H)))
     run = jax.jit(rollout, static_argnums=(3, 4))
     actor, (_, reset, _, rewards) = run(jax.random.key(1), params, actor, recall, 100)
-    print("reward of an episode:", rewards.sum() / reset[1:].sum())
+    print("mean reward of an episode:", rewards.sum() / reset[1:].sum())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""A stack of layers: each takes the hidden states of the one below.
+"""A stack of layers: each layer takes the hidden states of the layer below.
 
-A layer is a `Params`. Only the top is read out; the readouts of the others have no rows.
+The parameters are a list of `Params`, and so is the carried state a list: an h for each layer.
+Only the top layer has outputs, so the W_y and b_y of the other layers have no rows.
 Run: python -m experiments.recipes.stack
 """
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import jaxrnn
-from jaxrnn import Params
+from jaxrnn import Batch, Params
 
 
 def init_stack(key, input_size, hidden_sizes, output_size) -> list[Params]:
@@ -23,7 +25,7 @@ def init_stack(key, input_size, hidden_sizes, output_size) -> list[Params]:
 
 
 def unroll_stack(layers, xs, h_0s, *, mask=None, reset=None):
-    """The last state of each layer, to be carried on as the next h_0s, and the ys of the top."""
+    """The last state of each layer, and the outputs ys of the top layer."""
     h_Ts = []
     for layer, h_0 in zip(layers[:-1], h_0s[:-1], strict=True):
         h_T, xs = jaxrnn.hidden_states(layer, xs, h_0, mask=mask, reset=reset)
@@ -32,11 +34,31 @@ def unroll_stack(layers, xs, h_0s, *, mask=None, reset=None):
     return [*h_Ts, h_T], ys
 
 
+def loss(layers, batch, h_0s=None):
+    """(mean loss, h_Ts): what training asks of a loss, for any pytree of parameters."""
+    h_0s = [None] * len(layers) if h_0s is None else h_0s
+    h_Ts, ys = unroll_stack(layers, batch.xs, h_0s, mask=batch.mask, reset=batch.reset)
+    return jaxrnn.mean_loss(ys, batch), h_Ts
+
+
+gradient_fn = jax.value_and_grad(loss, has_aux=True)
+
+
 def main() -> None:
-    layers = init_stack(jax.random.key(0), 3, [8, 16, 4], 2)
-    mask = jaxrnn.mask_from_lengths(jnp.array([10, 7]), 10)
-    h_Ts, ys = jax.jit(unroll_stack)(layers, jnp.ones((10, 2, 3)), [None] * 3, mask=mask)
-    print([h_T.shape for h_T in h_Ts], ys.shape)
+    # Does the current bit differ from the bit two steps earlier?
+    key_init, key_data, key_fit = jax.random.split(jax.random.key(0), 3)
+    bits = jax.random.bernoulli(key_data, 0.5, (202, 8, 1)).astype(float)
+    stream = Batch(bits[2:], (bits[2:] != bits[:-2])[..., 0].astype(int))
+    result = jaxrnn.fit(
+        key_fit,
+        init_stack(key_init, 1, [16, 8], 2),
+        list(jaxrnn.windows(stream, 20)),
+        optimizer=optax.adam(1e-2),
+        gradient_fn=gradient_fn,
+        h_0=[jnp.zeros((8, 16)), jnp.zeros((8, 8))],
+        max_epochs=30,
+    )
+    print("loss by epoch:", [round(epoch.train_loss, 3) for epoch in result.history[::5]])
 
 
 if __name__ == "__main__":

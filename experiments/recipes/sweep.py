@@ -1,9 +1,12 @@
-"""A sweep over learning rates: the whole run is a function of the rate, mapped over rates.
+"""A sweep over learning rates: a run is a function of the rate, and is mapped over rates.
 
-`lax.map` runs them one after the other in one compiled call, `jax.vmap` side by side: which is
-faster on a CPU is measured in experiments/recipes/ensemble.py.
+Inside `jit`, `vmap` and `scan` the update of `make_update` is an ordinary function, so the rate may
+be traced. `lax.map` trains one rate after the other in one compiled call, `jax.vmap` all at once:
+experiments/recipes/ensemble.py measures which is faster on a CPU.
 Run: python -m experiments.recipes.sweep
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +17,12 @@ from jaxrnn import Batch
 
 
 def train(learning_rate, params, batch, updates):
-    """The parameters after some updates, and the loss before each of them, (updates,)."""
-
-    def update(params, _):
-        (value, _), grads = jaxrnn.bptt(params, batch)
-        return jaxrnn.sgd(params, grads, learning_rate), value
-
-    return lax.scan(update, params, length=updates)
+    """The parameters after some updates, and the loss before each update, (updates,)."""
+    rule = partial(jaxrnn.sgd, learning_rate=learning_rate)
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    state = jaxrnn.init_state(params, rule)
+    state, metrics = lax.scan(lambda state, _: update(state, batch), state, length=updates)
+    return state.params, metrics.loss
 
 
 def main() -> None:
@@ -29,11 +31,10 @@ def main() -> None:
     batch = Batch(bits, bits[..., 0].cumsum(axis=0).astype(int) % 2)
     params = jaxrnn.init(key_init, input_size=1, hidden_size=16, output_size=2)
     rates = jnp.logspace(-2, 1, 7)
-    _, values = jax.jit(lambda rates: lax.map(lambda eta: train(eta, params, batch, 200), rates))(
-        rates
-    )
-    for rate, value in zip(rates, values[:, -1], strict=True):
-        print(f"learning rate {rate:6.3f}: loss {value:.3f}")
+    train_one = partial(train, params=params, batch=batch, updates=200)
+    _, losses = jax.jit(partial(lax.map, train_one))(rates)
+    for rate, loss in zip(rates, losses[:, -1], strict=True):
+        print(f"learning rate {rate:6.3f}: loss {loss:.3f}")
 
 
 if __name__ == "__main__":

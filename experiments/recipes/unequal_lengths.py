@@ -1,6 +1,7 @@
-"""Sequences of unequal length, one label for each: padded, in batches of little padding.
+"""Sequences of unequal length with one label each, padded in batches of similar length.
 
-The label counts at a sequence's last step alone: `weights` say so. `mask` says where it ends.
+`mask` is True at the steps of a sequence, `weights` are 1 at its last step, where the label counts,
+and 0 elsewhere.
 Run: python -m experiments.recipes.unequal_lengths
 """
 
@@ -13,13 +14,13 @@ from jaxrnn import Batch
 
 
 def labelled(xs, label) -> Batch:
-    """One sequence xs (T, I) whose label is wanted at step T."""
+    """One sequence xs (T, I) whose label counts at the last step only."""
     T = len(xs)
     return Batch(xs, label * np.ones(T, int), weights=(np.arange(T) == T - 1).astype(np.float32))
 
 
 def in_buckets(sequences: list[Batch], padding: float) -> list[Batch]:
-    """Padded batches, each compiled for once; at most the share `padding` of each is padding."""
+    """Padded batches; the fraction `padding` of each is padding at most. Each shape compiles."""
     lengths = [len(sequence.xs) for sequence in sequences]
     found = jaxrnn.buckets(lengths, padding=padding)
     return [jaxrnn.pad([sequences[n] for n in bucket]) for bucket in found]
