@@ -10,7 +10,6 @@ block of time after another, so only the hidden states are ever T steps long, an
 `checkpoint_every` these are recomputed.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -19,10 +18,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxrnn import checks
-from jaxrnn.activations import Activation, check_activation, tanh
-from jaxrnn.batches import Batch, check_batch, divide_by_count, step_weights, where_exists
-from jaxrnn.losses import Loss, check_loss, cross_entropy
-from jaxrnn.params import Params, at_least_float32, check_params
+from jaxrnn.activations import Activation, tanh
+from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
+from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
+from jaxrnn.params import Params, at_least_float32
 from jaxrnn.recurrence import (
     block_steps,
     initial_state,
@@ -144,10 +143,7 @@ def bptt(
     >>> bool(jnp.allclose(grads.W_h, auto.W_h, atol=1e-6))
     True
     """
-    check_params(params)
-    check_activation(activation)
-    check_loss(loss)
-    check_batch(params, batch, h_0)
+    check_loss_arguments(params, batch, h_0, activation, loss)
     if checkpoint_every is not None:
         checks.check_size("checkpoint_every", checkpoint_every)
     h_0 = initial_state(params, batch.xs, h_0)
@@ -155,9 +151,7 @@ def bptt(
     T = batch.xs.shape[0]
     if T == 0:
         return (jnp.zeros((), dtype), h_0), jax.tree.map(jnp.zeros_like, params)
-    (O, H), B = params.W_y.shape, math.prod(h_0.shape[:-1])
-    I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
-    K = near_divisor(T, checkpoint_every) if checkpoint_every else block_steps(T, B, I, H, O)
+    K = near_divisor(T, checkpoint_every) if checkpoint_every else block_steps(params, batch)
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
         hs = block_states(params, block, h, activation)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jaxrnn.activations import Activation, check_activation, tanh
-from jaxrnn.batches import Batch, check_batch, mean_weights, where_exists
+from jaxrnn.activations import Activation, tanh
+from jaxrnn.batches import Batch, mean_weights, where_exists
 from jaxrnn.forward import hidden_states
-from jaxrnn.losses import Loss, check_loss, cross_entropy
-from jaxrnn.params import Params, at_least_float32, check_params
+from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
+from jaxrnn.params import Params, at_least_float32
 from jaxrnn.recurrence import match_varying_axes, readout, reverse_scan
 
 
@@ -65,10 +65,7 @@ def gradient_flow(
     >>> bool(jnp.allclose(flow.dzs.sum(axis=(0, 1)), grads.b_h, atol=1e-6))
     True
     """
-    check_params(params)
-    check_activation(activation)
-    check_loss(loss)
-    check_batch(params, batch, h_0)
+    check_loss_arguments(params, batch, h_0, activation, loss)
     mask, reset, dtype = batch.mask, batch.reset, at_least_float32(params.W_h.dtype)
     _, hs = hidden_states(params, batch.xs, h_0, activation=activation, mask=mask, reset=reset)
     errors = loss.error(readout(params, hs).astype(dtype), where_exists(mask, batch.targets))

@@ -10,14 +10,13 @@ from jax import Array
 from jaxrnn.activations import Activation, check_activation, tanh
 from jaxrnn.batches import (
     Batch,
-    check_batch,
     check_input,
     check_sequence,
     check_state,
     steps_shape,
     where_exists,
 )
-from jaxrnn.losses import Loss, check_loss, cross_entropy, mean_loss
+from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
 from jaxrnn.params import Params, check_params
 from jaxrnn.recurrence import hoisted_recur, initial_state, input_product, readout
 
@@ -168,10 +167,7 @@ def sequence_loss(
     >>> value.shape, h_T.shape
     ((), (4, 5))
     """
-    check_params(params)
-    check_activation(activation)
-    check_loss(loss)
-    check_batch(params, batch, h_0)
+    check_loss_arguments(params, batch, h_0, activation, loss)
     h_T, hs = hidden_states(
         params, batch.xs, h_0, activation=activation, mask=batch.mask, reset=batch.reset
     )

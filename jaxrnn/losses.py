@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, mean_weights, where_exists
-from jaxrnn.params import at_least_float32
+from jaxrnn.activations import check_activation
+from jaxrnn.batches import Batch, check_batch, mean_weights, steps_shape, where_exists
+from jaxrnn.params import at_least_float32, check_params
 
 
 class Loss(NamedTuple):
@@ -35,10 +37,18 @@ class Loss(NamedTuple):
     error: Callable[[Array, Array], Array]
 
 
-def check_loss(loss: Any) -> None:
-    """Raises TypeError unless loss is a triple of functions."""
+def check_loss(loss: Any, shape: tuple[int, ...], dtype: DTypeLike, targets: Any) -> None:
+    """Raises TypeError or ValueError unless loss is a Loss that fits ys of this shape, and targets.
+
+    The loss is traced, not computed.
+    """
     if not all(callable(getattr(loss, part, None)) for part in ("g", "value", "error")):
         raise TypeError(f"loss: expected a Loss(g, value, error), got {loss!r}")
+    ys = jax.ShapeDtypeStruct(shape, dtype)
+    value = jax.eval_shape(loss.value, ys, targets)
+    checks.check_shape("loss.value", value, shape[:-1], "one loss for each y")
+    error = jax.eval_shape(loss.error, ys, targets)
+    checks.check_shape("loss.error", error, shape, "one derivative for each y")
 
 
 def _distribution(y: Array, target: Array) -> Array:
@@ -53,6 +63,15 @@ def _distribution(y: Array, target: Array) -> Array:
 def _numbers(y: Array, target: Array) -> Array:
     checks.check_shape("targets", target, y.shape, "the shape of y")
     return target.astype(y.dtype)
+
+
+def check_loss_arguments(params: Any, batch: Any, h_0: Any, activation: Any, loss: Any) -> None:
+    """Raises TypeError or ValueError unless the arguments of `sequence_loss` fit one another."""
+    check_params(params)
+    check_activation(activation)
+    check_batch(params, batch, h_0)
+    shape = (*steps_shape(batch.xs), params.W_y.shape[0])
+    check_loss(loss, shape, at_least_float32(params.W_y.dtype), batch.targets)
 
 
 # Functions of this module can be pickled, unlike lambdas and those that JAX wraps.
@@ -132,8 +151,8 @@ def mean_loss(ys: Array, batch: Batch, loss: Loss = cross_entropy) -> Array:
     >>> mean_loss(ys, batch, squared_error).item()
     2.0
     """
-    check_loss(loss)
     dtype = at_least_float32(ys.dtype)
+    check_loss(loss, ys.shape, dtype, batch.targets)
     ys, targets = (
         where_exists(batch.mask, ys.astype(dtype)),
         where_exists(batch.mask, batch.targets),

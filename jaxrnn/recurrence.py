@@ -8,6 +8,7 @@ the loops. Where `mask` is False the state, or the gradient, passes the step unc
 `reset` is True nothing passes from step t-1 to step t. Either is left out where it is None.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -30,24 +31,20 @@ def scan_unroll() -> int:
     return 8 if jax.default_backend() == "gpu" else 1
 
 
-def block_steps(T: int, B: int, I: int, H: int, O: int) -> int:
+def block_steps(params: Params, batch: Batch) -> int:
     """The steps of a block, whose products `bptt` takes together. Measured: experiments/README.md.
 
     On a CPU, the arrays of a block stay in the cache, yet its products have 512 rows or more, which
     outweighs the addition of its gradient to the sums. A GPU wants larger blocks. A block copies
     its inputs; if they are larger than all states, there is one block.
-
-    Args:
-      T: the number of steps.
-      B: the product of the batch axes.
-      I: the features of an input; 0 for tokens.
-      H: the hidden size.
-      O: the output size.
     """
+    T, *batch_axes = steps_shape(batch.xs)
     if jax.default_backend() == "gpu":
         return near_divisor(T, 128)
-    size = max(1, B * max(I, H, O))
-    K = min(512, max(1, 2**16 // size, 512 // max(1, B)))
+    O, H = params.W_y.shape
+    I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
+    B = max(1, math.prod(batch_axes))
+    K = min(512, max(1, 2**16 // (B * max(I, H, O)), 512 // B))
     return T if 4 * T * H <= K * I else near_divisor(T, K)
 
 
