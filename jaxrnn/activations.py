@@ -6,17 +6,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+
+from jaxrnn import checks
 
 
 class Activation(NamedTuple):
     """A pair of pure functions: f, and f' in terms of the value of f.
 
-    The derivative of every f here follows from its value, so the backward pass needs the hidden
-    states and never the pre-activations.
+    The derivative of tanh, ReLU, sigmoid and identity follows from their value, so the backward
+    pass needs the hidden states and not the pre-activations. For other functions, such as
+    `Activation(jax.nn.gelu)`, autodiff takes f' at pre-activations that are computed again.
 
     Attributes:
       f: z -> h = f(z), elementwise, keeps the dtype.
-      df: h -> f'(z), elementwise, keeps the dtype.
+      df: h -> f'(z), elementwise, keeps the dtype; None if f' does not follow from h.
 
     >>> import jax.numpy as jnp
     >>> h = tanh.f(jnp.array(0.5))
@@ -25,14 +29,31 @@ class Activation(NamedTuple):
     """
 
     f: Callable[[Array], Array]
-    df: Callable[[Array], Array]
+    df: Callable[[Array], Array] | None = None
 
 
-def check_activation(activation: Any) -> None:
-    """Raises TypeError unless activation is a pair of functions."""
-    parts = (getattr(activation, part, None) for part in ("f", "df"))
-    if not all(map(callable, parts)):
+def check_activation(activation: Any, dtype: DTypeLike) -> None:
+    """Raises TypeError or ValueError unless activation is an Activation that keeps shape and dtype.
+
+    The functions are traced, not computed.
+    """
+    if not isinstance(activation, Activation) or not callable(activation.f):
         raise TypeError(f"activation: expected an Activation(f, df), got {activation!r}")
+    if activation.df is not None and not callable(activation.df):
+        raise TypeError(f"activation.df: expected a function or None, got {activation.df!r}")
+    z = jax.ShapeDtypeStruct((1, 2), dtype)
+    for name, function in activation._asdict().items():
+        if function is not None:
+            value = jax.eval_shape(function, z)
+            checks.check_shape(f"activation.{name}", value, z.shape, "elementwise")
+            if value.dtype != dtype:
+                raise TypeError(f"activation.{name}: expected dtype {z.dtype}, got {value.dtype}")
+
+
+def has_traced_values(activation: Activation, dtype: DTypeLike) -> bool:
+    """Whether f depends on values that are being traced, such as a slope that is learned."""
+    _, traced = jax.closure_convert(activation.f, jax.ShapeDtypeStruct((1, 2), dtype))
+    return bool(traced)
 
 
 # Functions of this module can be pickled, unlike lambdas and those that JAX wraps.

@@ -10,6 +10,7 @@ block of time after another, so only the hidden states are ever T steps long, an
 `checkpoint_every` these are recomputed.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, at_least_float32
 from jaxrnn.recurrence import (
     block_steps,
+    derivatives,
     initial_state,
     input_product,
     match_varying_axes,
@@ -60,7 +62,13 @@ def block_states(params: Params, block: Batch, h_0: Array, activation: Activatio
     return recur(activation, params.W_h, zs_x, h_0, block.mask, block.reset)
 
 
-def block_gradient(
+def block_zs(params: Params, block: Batch, h_0: Array, hs: Array) -> Array:
+    """z_t of each step of a block, from its states: one product instead of a loop."""
+    zs_x = input_product(params, where_exists(block.mask, block.xs))
+    return zs_x + previous(hs, h_0, block.mask, block.reset) @ params.W_h.T
+
+
+def block_flow(
     params: Params,
     block: Batch,
     h_0: Array,
@@ -68,8 +76,8 @@ def block_gradient(
     dh_next: Array,
     activation: Activation,
     loss: Loss,
-) -> tuple[Array, tuple[Array, Params]]:
-    """The backward pass over a block: unnormalised sums of the loss and the gradient.
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The first half of the backward pass over a block: the loss, dy_t, dh_t and dz_t.
 
     Args:
       params: Params.
@@ -81,28 +89,38 @@ def block_gradient(
       loss: g and its loss.
 
     Returns:
-      W_h^T dz of the first step of the block, and the sums over its steps.
+      W_h^T dz of the first step of the block; the weighted sum of its losses; dys (K, *batch, O);
+      dhs and dzs (K, *batch, H).
     """
     dtype = at_least_float32(params.W_h.dtype)
-    xs, targets = (where_exists(block.mask, leaf) for leaf in (block.xs, block.targets))
+    targets = where_exists(block.mask, block.targets)
     weights = step_weights(block, dtype)
-    hs_y = where_exists(block.mask, hs)
-    ys = readout(params, hs_y).astype(dtype)
+    ys = readout(params, where_exists(block.mask, hs)).astype(dtype)
     value = (weights * loss.value(ys, targets)).sum()
     dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
 
-    dhs_y, f_primes = dys @ params.W_y, activation.df(hs)
-    dh_next, (_, dzs) = reverse_scan(params.W_h, dh_next, dhs_y, f_primes, block.mask, block.reset)
+    dhs_y = dys @ params.W_y
+    f_primes = derivatives(activation, hs, partial(block_zs, params, block, h_0, hs))
+    dh_next, (dhs, dzs) = reverse_scan(
+        params.W_h, dh_next, dhs_y, f_primes, block.mask, block.reset
+    )
+    return dh_next, value, dys, dhs, dzs
 
+
+def block_gradient(
+    params: Params, block: Batch, h_0: Array, hs: Array, dys: Array, dzs: Array
+) -> Params:
+    """The second half: the contractions over the steps of a block, not divided by their number."""
+    dtype = at_least_float32(params.W_h.dtype)
+    xs, hs_y = (where_exists(block.mask, leaf) for leaf in (block.xs, hs))
     hs_before = previous(hs, h_0, block.mask, block.reset)
-    grads = Params(
+    return Params(
         W_x=input_outer_sum(dzs, xs, params.W_x.shape[1], dtype),
         W_h=outer_sum(dzs, hs_before, dtype),
         W_y=outer_sum(dys, hs_y, dtype),
         b_h=bias_sum(dzs, dtype),
         b_y=bias_sum(dys, dtype),
     )
-    return dh_next, (value, grads)
 
 
 def bptt(
@@ -161,7 +179,8 @@ def bptt(
         dh_next, sums = carry
         h, hs = saved
         hs = block_states(params, block, h, activation) if hs is None else hs
-        dh_next, block_sums = block_gradient(params, block, h, hs, dh_next, activation, loss)
+        dh_next, value, dys, _, dzs = block_flow(params, block, h, hs, dh_next, activation, loss)
+        block_sums = value, block_gradient(params, block, h, hs, dys, dzs)
         return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)

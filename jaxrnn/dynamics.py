@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.batches import Batch, mean_weights, where_exists
-from jaxrnn.forward import hidden_states
+from jaxrnn.backward import block_flow, block_states
+from jaxrnn.batches import Batch, mean_weights
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, at_least_float32
-from jaxrnn.recurrence import match_varying_axes, readout, reverse_scan
+from jaxrnn.recurrence import initial_state, match_varying_axes
 
 
 class Flow(NamedTuple):
@@ -66,11 +66,9 @@ def gradient_flow(
     True
     """
     check_loss_arguments(params, batch, h_0, activation, loss)
-    mask, reset, dtype = batch.mask, batch.reset, at_least_float32(params.W_h.dtype)
-    _, hs = hidden_states(params, batch.xs, h_0, activation=activation, mask=mask, reset=reset)
-    errors = loss.error(readout(params, hs).astype(dtype), where_exists(mask, batch.targets))
-    dys = (mean_weights(batch, dtype)[..., None] * errors).astype(hs.dtype)
-    dh_next = match_varying_axes(jnp.zeros(hs.shape[1:], hs.dtype), hs)  # dz_{T+1} = 0
-    f_primes = activation.df(hs)
-    _, flow = reverse_scan(params.W_h, dh_next, dys @ params.W_y, f_primes, mask, reset)
-    return Flow(*flow)
+    h_0 = initial_state(params, batch.xs, h_0)
+    batch = batch._replace(weights=mean_weights(batch, at_least_float32(params.W_h.dtype)))
+    hs = block_states(params, batch, h_0, activation)
+    dh_next = match_varying_axes(jnp.zeros_like(h_0), h_0)  # W_h^T dz_{T+1} = 0
+    *_, dhs, dzs = block_flow(params, batch, h_0, hs, dh_next, activation, loss)
+    return Flow(dhs, dzs)

@@ -7,7 +7,7 @@ autodiff derives from it.
 
 from jax import Array
 
-from jaxrnn.activations import Activation, check_activation, tanh
+from jaxrnn.activations import Activation, check_activation, has_traced_values, tanh
 from jaxrnn.batches import (
     Batch,
     check_input,
@@ -18,7 +18,7 @@ from jaxrnn.batches import (
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
 from jaxrnn.params import Params, check_params
-from jaxrnn.recurrence import hoisted_recur, initial_state, input_product, readout
+from jaxrnn.recurrence import hoisted_recur, initial_state, input_product, readout, recur
 
 
 def step(
@@ -50,7 +50,7 @@ def step(
     ((5,), (2,))
     """
     check_params(params)
-    check_activation(activation)
+    check_activation(activation, params.W_h.dtype)
     check_input("x", params, x, "*batch")
     check_state("h", params, h, steps_shape(x))
     z = input_product(params, x) + h.astype(params.W_h.dtype) @ params.W_h.T
@@ -93,11 +93,13 @@ def hidden_states(
     ((7, 4, 5), True)
     """
     check_params(params)
-    check_activation(activation)
+    check_activation(activation, params.W_h.dtype)
     check_sequence(params, xs, h_0, mask, reset)
     h_0 = initial_state(params, xs, h_0)
     zs_x = input_product(params, where_exists(mask, xs))
-    hs = hoisted_recur(activation, params.W_h, zs_x, h_0, mask, reset)
+    # A custom derivative rule gives no gradient by values inside the activation; autodiff does.
+    loop = recur if has_traced_values(activation, params.W_h.dtype) else hoisted_recur
+    hs = loop(activation, params.W_h, zs_x, h_0, mask, reset)
     h_T = hs[-1] if hs.shape[0] else h_0
     return h_T, where_exists(mask, hs)
 

@@ -68,7 +68,7 @@ def _numbers(y: Array, target: Array) -> Array:
 def check_loss_arguments(params: Any, batch: Any, h_0: Any, activation: Any, loss: Any) -> None:
     """Raises TypeError or ValueError unless the arguments of `sequence_loss` fit one another."""
     check_params(params)
-    check_activation(activation)
+    check_activation(activation, params.W_h.dtype)
     check_batch(params, batch, h_0)
     shape = (*steps_shape(batch.xs), params.W_y.shape[0])
     check_loss(loss, shape, at_least_float32(params.W_y.dtype), batch.targets)

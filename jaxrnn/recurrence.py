@@ -197,6 +197,14 @@ def reverse_scan(
     return lax.scan(body, dh_next, inputs, reverse=True, unroll=scan_unroll())
 
 
+def derivatives(activation: Activation, hs: Array, zs: Callable[[], Array]) -> Array:
+    """f'(z_t) for each step, from h_t; by autodiff from z_t where it does not follow from h_t."""
+    if activation.df is not None:
+        return activation.df(hs)
+    z = zs()
+    return jnp.asarray(jax.jvp(activation.f, (z,), (jnp.ones_like(z),))[1])
+
+
 hoisted_recur = jax.custom_jvp(recur, nondiff_argnums=(0,))
 """`recur` with a derivative rule that takes the weight gradient out of the loop over time."""
 
@@ -213,7 +221,9 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
     W_h, zs_x, h_0, mask, reset = primals
     W_h_dot, zs_dot, h_0_dot, _, _ = tangents
     hs = hoisted_recur(activation, W_h, zs_x, h_0, mask, reset)
-    zs_dot = zs_dot + previous(hs, h_0, mask, reset) @ W_h_dot.T
+    hs_before = previous(hs, h_0, mask, reset)
+    zs_dot = zs_dot + hs_before @ W_h_dot.T
+    f_primes = derivatives(activation, hs, lambda: zs_x + hs_before @ W_h.T)
 
     def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
         z_dot, f_prime, valid, reset_t = inputs
@@ -221,7 +231,7 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
         h_dot = hold(valid, f_prime * z_dot, h_dot)
         return h_dot, h_dot
 
-    inputs = zs_dot, activation.df(hs), mask, reset
+    inputs = zs_dot, f_primes, mask, reset
     return hs, lax.scan(body, h_0_dot, inputs, unroll=scan_unroll())[1]
 
 

@@ -1,5 +1,8 @@
 """The activations against NumPy and autodiff."""
 
+import pickle
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reference import ACTIVATIONS, NUMPY_ACTIVATIONS
+import jaxrnn
+from jaxrnn import Activation, Batch
+from tests.reference import ACTIVATIONS, NUMPY_ACTIVATIONS, plain_loss, random_case, relative_errors
 
 numbers = st.floats(-30, 30, width=32)
 
@@ -34,3 +39,66 @@ def test_dtype_and_shape_are_preserved(name, dtype):
 def test_the_derivative_of_relu_at_zero_is_zero():
     f, df = ACTIVATIONS["relu"]
     assert jax.grad(f)(0.0) == df(f(jnp.zeros(()))) == 0
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("structure", range(6))
+def test_a_function_without_df_is_differentiated_by_autodiff(structure):
+    """The derivative of gelu does not follow from its value."""
+    case = random_case(structure, checkpoint_every=3)
+    keywords = {"activation": Activation(jax.nn.gelu), "loss": case.keywords["loss"]}
+    plain = jax.value_and_grad(partial(plain_loss, **keywords), has_aux=True)
+    expected = jax.jit(plain)(*case.arguments)
+    fast = jax.value_and_grad(partial(jaxrnn.sequence_loss, **keywords), has_aux=True)
+    by_hand = partial(jaxrnn.bptt, checkpoint_every=3, **keywords)
+    for gradient_fn in (fast, by_hand):
+        assert max(relative_errors(jax.jit(gradient_fn)(*case.arguments), expected)) <= 1e-12
+    if case.batch.mask is None:
+        flow = jaxrnn.gradient_flow(*case.arguments, **keywords)
+        steps = tuple(range(flow.dzs.ndim - 1))
+        assert max(relative_errors(flow.dzs.sum(axis=steps), expected[1].b_h)) <= 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("compile", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_the_gradient_by_a_learned_slope_is_that_of_the_plain_scan(compile):
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2, dtype=jnp.float64)
+    batch = Batch(jnp.ones((7, 2, 3)), jnp.zeros((7, 2), int))
+
+    def loss(slope, loss_fn):
+        activation = Activation(lambda z: jnp.tanh(slope * z))
+        return loss_fn(params, batch, activation=activation)[0]
+
+    got, expected = (
+        compile(jax.grad(partial(loss, loss_fn=loss_fn)))(1.3)
+        for loss_fn in (jaxrnn.sequence_loss, plain_loss)
+    )
+    assert relative_errors(got, expected)[0] <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (jnp.tanh, r"activation: expected an Activation\(f, df\), got"),
+        (Activation(jnp.tanh, 3), "activation.df: expected a function or None, got 3"),
+        (Activation(jnp.sum), r"activation.f: expected shape \(1, 2\) \(elementwise\), got \(\)"),
+        (Activation(jnp.tanh, lambda h: 1.0), "activation.df: expected shape"),
+        (Activation(lambda z: z > 0), "activation.f: expected dtype float32, got bool"),
+    ],
+)
+def test_a_wrong_activation_is_named(activation, message):
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        jaxrnn.unroll(params, jnp.ones((7, 3)), activation=activation)
+
+
+PUBLIC = ("tanh", "relu", "sigmoid", "identity")
+PUBLIC += ("cross_entropy", "squared_error", "binary_cross_entropy")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_activations_and_losses_can_be_pickled(name):
+    value = getattr(jaxrnn, name)
+    assert pickle.loads(pickle.dumps(value)) == value
+    bound = partial(jaxrnn.bptt, **{"activation" if len(value) == 2 else "loss": value})
+    assert pickle.loads(pickle.dumps(bound)).keywords == bound.keywords

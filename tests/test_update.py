@@ -1,3 +1,4 @@
+import pickle
 from functools import partial
 
 import jax
@@ -247,3 +248,6 @@ def test_diverged_says_where_and_what_to_try():
     with pytest.raises(jaxrnn.Diverged, match=message):
         raise error
     assert (error.step, error.skipped, error.gradient_norms[:2]) == (12, 3, [0.5, 80.0])
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error)
+    assert (copy.step, copy.skipped) == (12, 3)
