@@ -105,6 +105,23 @@ def test_a_network_that_has_diverged_has_solved_nothing(task):
     assert task.wrong(jnp.full((3, task.output_size), jnp.nan), target).all()
 
 
+def test_a_skipped_update_counts_as_divergence():
+    """NaN in every training batch; the initial parameters, which the updates keep, are finite."""
+    config = adding.Config(**{**long_lag_tasks.SMOKE, "methods": ("tanh",)})
+
+    def batch(key, T, B):
+        batch = adding.adding_batch(key, T, B)
+        return batch._replace(xs=jnp.nan * batch.xs) if config.batch_size == B else batch
+
+    task = adding.TASK._replace(batch=batch, wrong=lambda y, target: jnp.isnan(y[:, 0]))
+    (method,) = long_lag_tasks.methods(config)
+    for _, errors in long_lag_tasks.train(config, task, 10, method):
+        assert errors == [1, 1]
+    finite = task._replace(batch=adding.adding_batch)
+    for _, errors in long_lag_tasks.train(config, finite, 10, method):
+        assert errors == [0, 0]
+
+
 def test_the_first_solved_check_counts():
     rows = [
         {"T": T, "method": method, "updates": n, "errors": errors}
