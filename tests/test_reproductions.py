@@ -116,7 +116,7 @@ def test_nan_outputs_are_wrong(task):
     assert task.wrong(jnp.full((3, task.output_size), jnp.nan), target).all()
 
 
-def test_solved_after_is_the_first_check_with_few_errors():
+def test_updates_until_solved_end_at_the_first_check_with_few_errors():
     rows = [
         {"T": T, "method": method, "updates": n, "errors": errors}
         for T, method, n, errors in [
