@@ -85,7 +85,18 @@ class Config:
         cli.expect_seed(self)
 
 
-SMOKE = {"clips": (1.0, None), "length": 10, "updates": 4, "check_every": 2, "seeds": 2}
+SMOKE = {
+    "radii": (0.5, 1.5),
+    "trained_radii": (1.5,),
+    "clips": (1.0, None),
+    "length": 10,
+    "updates": 4,
+    "check_every": 2,
+    "test_size": 20,
+    "batch_size": 2,
+    "hidden_size": 8,
+    "seeds": 2,
+}
 
 ACTIVATIONS = {"tanh": jaxrnn.tanh, "ReLU": jaxrnn.relu}
 

@@ -1,26 +1,51 @@
-"""What every test shares."""
+"""Shared settings and fixtures.
+
+`JAXRNN_THOROUGH=1` adds the tests marked `thorough`: more cases of tests that run by default, and
+the ones that need an idle machine.
+"""
 
 import os
 import signal
-
-# Tests compile a thousand small programs and run each once: spend no time on making them fast.
-# Eight devices to split a batch over.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
-)
+import tempfile
 
 import hypothesis
 import jax
+import jaxlib.version
 import numpy as np
 import pytest
 import scipy.io
 
 from tests.char_lm_runs import TEXT
 
+# Tests compile thousands of small programs and run each once, so compilation must be fast. XLA
+# reads its flags when the first array is made.
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if jaxlib.version.__version_info__ <= (0, 11, 0):
+    # The older code generation compiles three times as fast; newer versions do not have it.
+    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"
+DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_FLAGS", f"{FAST_COMPILATION} {DEVICES}")
+
 # The first example compiles; how long that takes says nothing. The same examples every time.
 hypothesis.settings.register_profile("jaxrnn", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("jaxrnn")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: runs only with JAXRNN_THOROUGH=1")
+    # Many tests compile the same program; each process compiles it once.
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    jax.config.update("jax_compilation_cache_dir", folder.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(config, items):
+    if os.environ.get("JAXRNN_THOROUGH") != "1":
+        thorough = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=thorough)
+        items[:] = [item for item in items if item not in thorough]
 
 
 @pytest.fixture

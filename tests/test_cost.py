@@ -1,7 +1,6 @@
 """The cost of a gradient, read off the compiled program: memory, loops, work inside the loops."""
 
 import math
-import os
 import re
 import time
 from functools import partial
@@ -35,24 +34,24 @@ def near_root(T):
 
 
 @pytest.mark.parametrize("T", [640, 1024, 2000])
-def test_recomputed_it_takes_a_tenth_of_the_plain_scans_memory(T):
+def test_checkpointing_takes_a_tenth_of_the_memory_of_the_plain_scan(T):
     assert temporary(near_root(T), T) <= temporary(by_plain_autodiff, T) / 10
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": jnp.bool_, "reset": jnp.bool_}])
-def test_recomputed_its_memory_grows_like_the_root_of_T(options):
-    """Options aside, which are inputs: sixteen times T takes four times the memory."""
+def test_memory_with_checkpointing_grows_like_the_root_of_T(options):
+    """Sixteen times T takes four times the memory, but for the weights that the options make."""
     short, long = (temporary(near_root(T), T, **options) for T in (1024, 16 * 1024))
     per_step = 16 * 4 * len(options)  # (T, B) float32 weights where a mask makes them unequal
     assert long - 16 * 1024 * per_step <= 4.5 * short
 
 
-def test_nothing_is_T_steps_long_but_the_hidden_states():
+def test_only_the_hidden_states_have_length_T():
     T, B, H = 4096, 16, 64
     assert temporary(jaxrnn.bptt, T, B=B, H=H) <= 1.15 * (T * B * H * 4)
 
 
-def test_tokens_take_no_one_hot_input_and_outputs_stay_in_their_block():
+def test_no_one_hot_inputs_or_outputs_of_all_steps_are_stored():
     """(T, B, I) or (T, B, O) would be a thousand times (T, B)."""
     sizes = {"I": 1000, "O": 1000, "H": 16, "tokens": True}
     T, B = 4096, 16
@@ -62,8 +61,8 @@ def test_tokens_take_no_one_hot_input_and_outputs_stay_in_their_block():
 @pytest.mark.parametrize(
     ("fn", "loops"),
     [
-        (jaxrnn.bptt, 4),  # blocks and steps, forward and back
-        (partial(jaxrnn.bptt, checkpoint_every=32), 5),  # and the steps once more
+        (jaxrnn.bptt, 4),  # over blocks and over steps, forward and backward
+        (partial(jaxrnn.bptt, checkpoint_every=32), 5),  # and over the recomputed steps
         (by_autodiff, 2),
         (by_plain_autodiff, 2),
     ],
@@ -130,7 +129,7 @@ def test_the_search_for_whole_writes_finds_a_shift_register():
     assert whole_writes_in_loops(text, 4 * 4000)
 
 
-@pytest.mark.skipif("JAXRNN_THOROUGH" not in os.environ, reason="depends on an idle machine")
+@pytest.mark.thorough
 @pytest.mark.parametrize("fn", [jaxrnn.bptt, by_autodiff], ids=["bptt", "autodiff"])
 def test_time_grows_linearly_with_T(fn):
     """Also where code generation rewrites a whole stacked output at every step, which the HLO
@@ -153,8 +152,8 @@ def timed(executable, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def test_a_million_steps_train_in_under_a_gigabyte():
-    """One sequence, H = 64: everything that the program holds, inputs and outputs included."""
+def test_a_million_steps_take_less_than_a_gigabyte():
+    """One sequence, H = 64; inputs, outputs and temporary memory."""
     sizes = {"B": 1, "I": 8, "H": 64, "O": 8}
     for fn in (jaxrnn.bptt, partial(jaxrnn.bptt, checkpoint_every=1000)):
         memory = compiled(fn, 1_000_000, **sizes).memory_analysis()

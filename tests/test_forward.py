@@ -20,14 +20,18 @@ by_autodiff = jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)
 @pytest.mark.parametrize("structure", range(16))
 def test_unroll_equals_the_plain_scan(structure):
     case = random_case(2000 + structure, largest_T=20)
-    batch, h_0 = with_defaults(*case.arguments)
     activation = ACTIVATIONS[case.activation]
-    got = jaxrnn.unroll(
-        case.params, batch.xs, case.h_0, activation=activation, mask=case.batch.mask,
-        reset=case.batch.reset,
-    )  # fmt: skip
-    plain = plain_unroll(case.params, batch.xs, h_0, batch.mask, batch.reset, activation)
-    assert max(errors(got, plain)) <= AGREEMENT
+
+    def unroll(params, batch, h_0):
+        options = {"mask": batch.mask, "reset": batch.reset, "activation": activation}
+        return jaxrnn.unroll(params, batch.xs, h_0, **options)
+
+    def plain(params, batch, h_0):
+        batch, h_0 = with_defaults(params, batch, h_0)
+        return plain_unroll(params, batch.xs, h_0, batch.mask, batch.reset, activation)
+
+    got, expected = (jax.jit(fn)(*case.arguments) for fn in (unroll, plain))
+    assert max(errors(got, expected)) <= AGREEMENT
 
 
 @pytest.mark.usefixtures("x64")
@@ -35,19 +39,26 @@ def test_unroll_equals_the_plain_scan(structure):
 def test_unroll_equals_a_scan_over_step(name):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs, h_0 = jax.random.normal(jax.random.key(1), (7, 4, 3)), jnp.ones((4, 5))
-    step = partial(jaxrnn.step, params, activation=ACTIVATIONS[name])
-    plain = jax.lax.scan(step, h_0, xs)
-    assert max(errors(jaxrnn.unroll(params, xs, h_0, activation=ACTIVATIONS[name]), plain)) < 1e-12
+    activation = ACTIVATIONS[name]
+
+    @jax.jit
+    def both(params, xs, h_0):
+        step = partial(jaxrnn.step, params, activation=activation)
+        got = jaxrnn.unroll(params, xs, h_0, activation=activation)
+        return got, jax.lax.scan(step, h_0, xs)
+
+    got, expected = both(params, xs, h_0)
+    assert max(errors(got, expected)) <= AGREEMENT
 
 
 @pytest.mark.usefixtures("x64")
 def test_tokens_equal_one_hot_inputs():
     params = jaxrnn.init(jax.random.key(0), 6, 5, 2, dtype=jnp.float64)
     tokens = jax.random.randint(jax.random.key(1), (7, 4), 0, 6)
+    unroll = jax.jit(jaxrnn.unroll)
+    expected = unroll(params, jax.nn.one_hot(tokens, 6))
     for dtype in (jnp.int32, jnp.uint8, jnp.int64):
-        got = jaxrnn.unroll(params, tokens.astype(dtype))
-        expected = jaxrnn.unroll(params, jax.nn.one_hot(tokens, 6))
-        assert max(errors(got, expected)) <= AGREEMENT
+        assert max(errors(unroll(params, tokens.astype(dtype)), expected)) <= AGREEMENT
 
 
 @pytest.mark.usefixtures("x64")
@@ -57,10 +68,12 @@ def test_masked_sequences_equal_the_sequences_without_padding():
     xs = jax.random.normal(jax.random.key(1), (T, T + 1, 3))
     h_0 = jax.random.normal(jax.random.key(2), (T + 1, 5))
     mask = jaxrnn.mask_from_lengths(jnp.arange(T + 1), T)
-    h_T, hs = jaxrnn.hidden_states(params, xs, h_0, mask=mask)
+    hidden_states = jax.jit(jaxrnn.hidden_states)
+    h_T, hs = hidden_states(params, xs, h_0, mask=mask)
+    h_T, hs, xs, h_0 = map(np.asarray, (h_T, hs, xs, h_0))
     assert (h_T[0] == h_0[0]).all()
     for length in range(T + 1):
-        expected_T, expected = jaxrnn.hidden_states(params, xs[:length, length], h_0[length])
+        expected_T, expected = hidden_states(params, xs[:length, length], h_0[length])
         np.testing.assert_allclose(h_T[length], expected_T, atol=1e-14)
         np.testing.assert_allclose(hs[:length, length], expected, atol=1e-14)
         assert not hs[length:, length].any()
@@ -97,8 +110,9 @@ def test_a_masked_step_keeps_the_state_and_ignores_its_reset():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     xs, h_0 = jnp.ones((3, 3)), jnp.ones(5)
     mask, reset = jnp.array([True, False, True]), jnp.array([False, True, False])
-    h_T, hs = jaxrnn.hidden_states(params, xs, h_0, mask=mask, reset=reset)
-    expected, _ = jaxrnn.hidden_states(params, xs[:2], h_0)
+    hidden_states = jax.jit(jaxrnn.hidden_states)
+    h_T, hs = hidden_states(params, xs, h_0, mask=mask, reset=reset)
+    expected, _ = hidden_states(params, xs[:2], h_0)
     np.testing.assert_allclose(h_T, expected, rtol=1e-6)
     assert not hs[1].any()
 
@@ -107,7 +121,7 @@ def test_a_masked_step_keeps_the_state_and_ignores_its_reset():
 def test_outputs_depend_only_on_current_and_earlier_inputs():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (6, 3))
-    dys = jax.jacobian(lambda xs: jaxrnn.unroll(params, xs)[1])(xs)  # (6, O, 6, I)
+    dys = jax.jit(jax.jacobian(lambda xs: jaxrnn.unroll(params, xs)[1]))(xs)  # (6, O, 6, I)
     depends = jnp.abs(dys).sum(axis=(1, 3)) > 0
     np.testing.assert_array_equal(depends, np.tril(np.ones((6, 6), bool)))
 
@@ -175,8 +189,8 @@ def test_transformations_equal_those_of_the_plain_scan(transform, small):
 def test_vmap_over_sequences_equals_the_batch_axis():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
-    mapped = jax.vmap(partial(jaxrnn.unroll, params), in_axes=1, out_axes=(0, 1))(xs)
-    assert max(errors(mapped, jaxrnn.unroll(params, xs))) <= AGREEMENT
+    mapped = jax.vmap(partial(jaxrnn.unroll, params), in_axes=1, out_axes=(0, 1))
+    assert max(errors(jax.jit(mapped)(xs), jax.jit(jaxrnn.unroll)(params, xs))) <= AGREEMENT
 
 
 def arrays_and_innermost_scans(jaxpr, arrays, scans):
@@ -248,9 +262,9 @@ def test_two_batch_axes_equal_one():
     lengths = jnp.array([[0, 1, 2], [3, 4, 5]])
     xs = jax.random.normal(jax.random.key(1), (5, 2, 3, 3))
     mask = jaxrnn.mask_from_lengths(lengths, 5)
-    h_T, ys = jaxrnn.unroll(params, xs, mask=mask)
-    flat = jax.tree.map(lambda leaf: leaf.reshape(5, 6, *leaf.shape[3:]), (xs, mask))
-    flat_T, flat_ys = jaxrnn.unroll(params, flat[0], mask=flat[1])
+    unroll = jax.jit(jaxrnn.unroll)
+    h_T, ys = unroll(params, xs, mask=mask)
+    flat_T, flat_ys = unroll(params, xs.reshape(5, 6, 3), mask=mask.reshape(5, 6))
     np.testing.assert_allclose(h_T.reshape(6, 5), flat_T, atol=1e-6)
     np.testing.assert_allclose(ys.reshape(5, 6, 2), flat_ys, atol=1e-6)
 

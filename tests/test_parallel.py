@@ -1,4 +1,4 @@
-"""The batch split over devices and processes: the same values, and how they compile."""
+"""The batch split over devices and processes: values, and reductions in the compiled program."""
 
 import os
 import re
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 from jaxrnn import Batch
+from tests.conftest import FAST_COMPILATION
 from tests.reference import plain_loss, random_case, relative_errors
 
 AGREEMENT = 1e-12
@@ -25,7 +26,7 @@ by_autodiff = jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)
 
 
 def unequal_case():
-    """Eight sequences of 70 steps; the first devices count few steps, one of them none at all."""
+    """Eight sequences of 70 steps with masks: some devices count few steps or none."""
     case = random_case(
         1, T=70, batch_shape=(8,), sizes=(3, 5, 4), activation="tanh", loss="cross_entropy",
         labels=True, mask=True, reset=True, weights=True, h_0=True, tokens=False,
@@ -61,7 +62,7 @@ def test_two_processes_give_the_value_and_gradient_of_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILATION}
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.distributed_worker", str(number), "2", port],
@@ -76,7 +77,7 @@ def test_two_processes_give_the_value_and_gradient_of_one():
 
 
 def reductions(text: str) -> list[str]:
-    """Collective operations of a compiled module, each with the computation it stands in."""
+    """The collective operations of an HLO module, each with the computation that contains it."""
     found, computation = [], ""
     for line in text.splitlines():
         if line.endswith("{") and "(" in line:
@@ -97,7 +98,7 @@ def test_data_parallel_reduces_once_and_outside_every_loop(mesh):
 
 
 def test_a_sharded_batch_under_plain_jit_reduces_once_and_outside_every_loop(mesh):
-    """And what the test would find: the plain scan reduces inside its loop."""
+    """The plain scan, which reduces inside its loop, shows that the test can fail."""
     case = unequal_case()
     batch = Batch(
         *(jax.device_put(x, NamedSharding(mesh, P(None, "batch"))) for x in case.batch[:2])
@@ -110,7 +111,7 @@ def test_a_sharded_batch_under_plain_jit_reduces_once_and_outside_every_loop(mes
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_loss_inside_somebody_elses_shard_map(mesh):
+def test_sequence_loss_inside_shard_map(mesh):
     params, batch, _ = unequal_case().arguments
     batch = batch._replace(mask=None, weights=None)
 
@@ -126,14 +127,14 @@ def test_the_loss_inside_somebody_elses_shard_map(mesh):
 
 
 @pytest.mark.parametrize("batch_shape", [(), (7,)])
-def test_a_batch_that_does_not_divide_is_named(batch_shape, mesh):
+def test_a_batch_that_the_devices_do_not_divide_is_rejected(batch_shape, mesh):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     batch = Batch(jnp.ones((4, *batch_shape, 3)), jnp.zeros((4, *batch_shape), int))
     with pytest.raises(ValueError, match=r"^batch: .* first batch axis that is a multiple of 8"):
         jaxrnn.data_parallel(jaxrnn.bptt, mesh)(params, batch)
 
 
-def test_an_update_keeps_everything_on_the_devices(mesh):
+def test_updates_keep_the_states_sharded_and_the_parameters_replicated(mesh):
     rule = partial(jaxrnn.sgd, learning_rate=0.1)
     update = jaxrnn.make_update(jaxrnn.data_parallel(jaxrnn.bptt, mesh), rule)
     state = jaxrnn.init_state(jaxrnn.init(jax.random.key(0), 3, 5, 2), rule, h=jnp.zeros((8, 5)))
