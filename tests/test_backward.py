@@ -1,4 +1,4 @@
-"""The hand-written gradient against autodiff, an oracle without it, and planted faults."""
+"""The hand-written gradient against autodiff, and against an oracle without autodiff."""
 
 import inspect
 from functools import partial
@@ -34,7 +34,7 @@ by_plain_autodiff = jax.value_and_grad(plain_loss, has_aux=True)
 def test_three_gradients_agree(structure, monkeypatch):
     """43 structures (sizes, T, activation, loss, options) with 6 draws of all values each.
 
-    Half of them store the states of many blocks, which so small a network has not by default.
+    Half of them have many blocks; by default a network so small has one.
     """
     if structure % 2:
         monkeypatch.setattr(
@@ -142,7 +142,7 @@ def test_nan_in_padding_changes_no_bit(checkpoint_every):
 
 
 @pytest.mark.parametrize("nothing", ["mask", "weights", "T"])
-def test_no_counted_step_gives_zero(nothing):
+def test_value_and_gradient_are_zero_if_no_step_counts(nothing):
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
     h_0 = jnp.ones((4, 3))
     batch = Batch(jnp.ones((5, 4, 2)), jnp.zeros((5, 4), int))

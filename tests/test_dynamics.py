@@ -48,7 +48,7 @@ def test_flow_is_the_derivative_by_states_and_pre_activations(activation, batch_
 
 
 @pytest.mark.usefixtures("x64")
-def test_summed_up_the_flow_is_the_gradient_of_bptt():
+def test_the_sum_of_the_flow_is_the_gradient_of_bptt():
     case = random_case(3, T=40, batch_shape=(3,), tokens=False, mask=True, reset=True, h_0=True)
     flow = jax.jit(partial(jaxrnn.gradient_flow, **case.keywords))(*case.arguments)
     (_, grads) = jax.jit(partial(jaxrnn.bptt, **case.keywords))(*case.arguments)
@@ -57,7 +57,7 @@ def test_summed_up_the_flow_is_the_gradient_of_bptt():
     assert max(relative_errors(sums, (grads.b_h, grads.W_x))) <= 1e-13
 
 
-def test_what_does_not_exist_is_not_read_and_dtypes_are_kept():
+def test_masked_steps_are_not_read_and_dtypes_are_kept():
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2, dtype=jnp.bfloat16)
     mask = jnp.array([True, False, True, False])
     xs = jnp.where(mask[:, None], 1, jnp.nan) * jnp.ones((4, 2))
@@ -68,7 +68,7 @@ def test_what_does_not_exist_is_not_read_and_dtypes_are_kept():
     np.testing.assert_array_equal(flow.dhs[3], 0)
 
 
-def test_it_says_what_does_not_fit():
+def test_a_wrong_argument_of_gradient_flow_is_named():
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
     with pytest.raises(ValueError, match=r"xs: expected shape \(T, \*batch, 2\)"):
         jaxrnn.gradient_flow(params, jaxrnn.Batch(jnp.ones((4, 5)), jnp.zeros(4, int)))

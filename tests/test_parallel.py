@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
@@ -108,6 +108,33 @@ def test_a_sharded_batch_under_plain_jit_reduces_once_and_outside_every_loop(mes
     plain = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
     text = plain.lower(case.params, batch).compile().as_text()
     assert any(computation != "ENTRY" for computation, _ in reductions(text))
+
+
+def test_an_explicit_mesh_gives_the_same_value_and_gradient():
+    """`jax.make_mesh` makes explicit axes; the data are on one device, or split over the mesh."""
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    xs = jax.random.normal(jax.random.key(1), (7, 8, 3))
+    batch = Batch(xs, jnp.zeros((7, 8), int))
+    expected = jax.jit(jaxrnn.bptt)(params, batch)
+    parallel = jax.jit(jaxrnn.data_parallel(jaxrnn.bptt, mesh))
+    assert max(relative_errors(parallel(params, batch), expected)) <= 1e-5
+    with jax.set_mesh(mesh):
+        split = jax.device_put(batch, NamedSharding(mesh, P(None, "batch")))
+        assert max(relative_errors(parallel(params, split), expected)) <= 1e-5
+        loss = jax.jit(jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True))
+        assert max(relative_errors(loss(params, split), expected)) <= 1e-5
+
+
+def test_gradient_flow_inside_shard_map(mesh):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    xs = jax.random.normal(jax.random.key(1), (7, 8, 3))
+    batch = Batch(xs, jnp.zeros((7, 8), int))
+    split = P(None, mesh.axis_names[0])
+    flow = jax.shard_map(jaxrnn.gradient_flow, mesh=mesh, in_specs=(P(), split), out_specs=split)
+    # The mean over the sequence of each device is eight times the mean over all of them.
+    expected = jax.tree.map(lambda leaf: 8 * leaf, jaxrnn.gradient_flow(params, batch))
+    assert max(relative_errors(jax.jit(flow)(params, batch), expected)) <= 1e-5
 
 
 @pytest.mark.usefixtures("x64")

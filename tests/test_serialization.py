@@ -1,4 +1,4 @@
-"""What is saved and loaded goes on as if nothing had happened, to the last bit."""
+"""A state that was saved and loaded continues bit-identically."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
 
 
 def bits(tree) -> list:
-    """Everything in a pytree of arrays, byte by byte."""
+    """The names, dtypes, shapes and bytes of the leaves of a pytree."""
     return [(name, x.dtype, x.shape, x.tobytes()) for name, x in to_arrays(tree).items()]
 
 
@@ -51,7 +51,7 @@ def test_any_state_goes_through_a_file(params, tmp_path):
 
 
 @pytest.mark.usefixtures("x64")
-def test_so_does_float64(tmp_path):
+def test_float64_leaves_go_through_a_file(tmp_path):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     path = checkpoints.save(tmp_path, 3, to_arrays(params))
     assert bits(from_arrays(params, checkpoints.load(path).arrays)) == bits(params)
@@ -75,7 +75,7 @@ def test_another_structure_is_refused(like, message):
         from_arrays(like, arrays)
 
 
-def test_leaves_without_a_name_of_their_own_are_refused():
+def test_leaves_with_the_same_name_are_refused():
     with pytest.raises(TypeError, match=r"a: expected an array, got float"):
         to_arrays({"a": 0.1})
     with pytest.raises(ValueError, match=r"tree: expected a name for each leaf, got two of a.b"):
@@ -84,7 +84,7 @@ def test_leaves_without_a_name_of_their_own_are_refused():
 
 
 def test_every_step_of_sixty_can_be_the_last_before_a_restart(params, tmp_path):
-    """Windows of a stream with the state carried; a key in the optimiser; 15 ends of an epoch."""
+    """Windows of a stream with the state carried, a key in the optimiser, 15 epochs."""
     optimizer = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), ADAM)
     update = jaxrnn.make_update(jaxrnn.bptt, optimizer)
     windows = list(jaxrnn.windows(stream(), 3))
@@ -117,7 +117,7 @@ def test_every_step_of_sixty_can_be_the_last_before_a_restart(params, tmp_path):
 
 @pytest.mark.parametrize("kind", ["examples", "batches"])
 def test_fit_resumes_at_every_epoch(kind, params, tmp_path):
-    """Batches: uphill, so that the first epoch is the best one and patience ends the training."""
+    """For batches, gradient ascent: the first epoch is the best, and patience ends training."""
     data, optimizer = stream(T=6, B=10), ADAM
     train, valid, settings = data, stream(T=6, B=4), {"batch_size": 3}
     if kind == "batches":
@@ -137,7 +137,7 @@ def test_fit_resumes_at_every_epoch(kind, params, tmp_path):
         assert not found.state.params.W_h.is_deleted()
 
 
-def test_fit_has_nothing_to_resume_where_nothing_was_saved(params, tmp_path):
+def test_load_fit_of_an_empty_folder_is_none(params, tmp_path):
     assert jaxrnn.load_fit(tmp_path, params, ADAM) is None
 
 

@@ -71,7 +71,7 @@ def test_every_example_counts_once_an_epoch(params, batch_size):
     np.testing.assert_allclose(result.history[0].train_loss, expected, rtol=1e-6)
 
 
-def test_the_key_decides_everything(params):
+def test_the_same_key_gives_the_same_result(params):
     fit = partial(
         jaxrnn.fit, params=params, train=parity(jax.random.key(1)), optimizer=optax.adam(1e-2),
         batch_size=16, max_epochs=3,
@@ -97,7 +97,7 @@ def test_batches_are_taken_in_order_each_epoch(params):
     assert result.state.step == 4
 
 
-def test_a_carried_state_starts_anew_each_epoch(params):
+def test_a_carried_state_starts_from_h_0_in_each_epoch(params):
     stream = list(jaxrnn.windows(parity(jax.random.key(1), T=12, N=4), 4))
     rule = partial(jaxrnn.sgd, learning_rate=0.0)
     result = jaxrnn.fit(
@@ -109,7 +109,7 @@ def test_a_carried_state_starts_anew_each_epoch(params):
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
-def test_the_callers_parameters_stay(params):
+def test_the_initial_parameters_are_not_donated(params):
     jaxrnn.fit(
         jax.random.key(0), params, parity(jax.random.key(1)), optimizer=optax.sgd(0.1), max_epochs=1
     )
@@ -142,7 +142,7 @@ def test_evaluate_weighs_batches_by_their_counted_steps(params):
 
 
 def spoilt(bad, where):
-    """Batches of which those in `where` have a loss that is not finite."""
+    """Batches; the loss of those in `where` is not finite."""
     batch = parity(jax.random.key(1), N=4)
     weights = jnp.ones((8, 4))
     return [batch._replace(weights=weights * (1e38 if i in where else 1)) for i in range(bad)]
@@ -153,7 +153,7 @@ def spoiling(params, batch, h=None):
     return (jnp.where(batch.weights[0, 0] > 1e30, jnp.nan, value), h_T), grads
 
 
-def test_skipped_updates_are_counted_said_and_left_out_of_the_mean(params):
+def test_skipped_updates_are_counted_and_left_out_of_the_mean_with_a_warning(params):
     rule = partial(jaxrnn.sgd, learning_rate=0.0)
     fit = partial(
         jaxrnn.fit, jax.random.key(0), params, optimizer=rule, gradient_fn=spoiling, max_epochs=1
@@ -169,7 +169,7 @@ def test_skipped_updates_are_counted_said_and_left_out_of_the_mean(params):
 @pytest.mark.parametrize(
     ("where", "step"), [({2, 3, 4}, 5), ({0, 1, 2, 3, 4, 5, 6, 7}, 3), ({5, 6, 7}, 8)]
 )
-def test_too_many_in_a_row_stop_the_training(where, step, params):
+def test_too_many_consecutive_skips_raise_diverged(where, step, params):
     seen = []
     with pytest.raises(
         jaxrnn.Diverged, match=f"^step {step}: .* got 3 consecutive updates"
@@ -182,8 +182,8 @@ def test_too_many_in_a_row_stop_the_training(where, step, params):
     assert seen == []
 
 
-def test_so_do_too_many_over_the_end_of_an_epoch(params):
-    """Three at the end of an epoch and two at the start of the next, shuffled examples too."""
+def test_consecutive_skips_are_counted_across_epochs(params):
+    """Three at the end of an epoch and two at the start of the next; also for a Batch."""
     with (
         pytest.warns(UserWarning, match="train: 3 of the 4 updates up to step 4 skipped"),
         pytest.raises(jaxrnn.Diverged, match=r"^step 5: .* got 4 consecutive updates") as stopped,
@@ -201,7 +201,7 @@ def test_so_do_too_many_over_the_end_of_an_epoch(params):
         )  # fmt: skip
 
 
-def test_an_epoch_in_which_nothing_was_trained_is_no_best_and_no_matter_of_patience(params):
+def test_an_epoch_without_an_applied_update_changes_neither_best_nor_patience(params):
     whole = parity(jax.random.key(1))._replace(weights=jnp.full((8, 50), 1e38))
     fit = partial(
         jaxrnn.fit, jax.random.key(0), params, whole, optimizer=optax.adam(1e-2),
@@ -217,7 +217,7 @@ def test_an_epoch_in_which_nothing_was_trained_is_no_best_and_no_matter_of_patie
 
 
 class Cycle:
-    """Other batches in each epoch."""
+    """Different batches in each epoch."""
 
     def __init__(self, *epochs):
         self.epochs = iter(epochs)
@@ -226,7 +226,7 @@ class Cycle:
         return iter(next(self.epochs))
 
 
-def test_batches_are_checked_once_before_they_are_trained_on(params, monkeypatch):
+def test_each_batch_is_checked_once(params, monkeypatch):
     checked = []
     check = jaxrnn.check_values
     monkeypatch.setattr(

@@ -72,7 +72,7 @@ def test_one_update_worked_out_by_hand():
     assert metrics.counted == 2
 
 
-def test_both_gradients_give_the_same_training(params, batch):
+def test_bptt_and_autodiff_train_alike(params, batch):
     after = []
     for gradient_fn in (jaxrnn.bptt, jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)):
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
@@ -158,7 +158,7 @@ PLANTED += ["W_h huge"]  # Adam would take its square, which is infinite, and go
 
 
 def spoiling(params, batch, h):
-    """The gradient, spoilt in the place that the weight of the first step is the code of."""
+    """The gradient with a bad value in the place that the weight of the first step encodes."""
 
     def spoil(place, x):
         for number, bad in enumerate(BAD.values()):
@@ -222,8 +222,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name, spoiling
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(planted.params))
 
 
-def test_parameters_that_overflow_are_not_taken(params):
-    """theta + 1e38 theta: from 1e-20 to 1e18, and then beyond what float32 holds."""
+def test_an_update_that_overflows_the_parameters_is_skipped(params):
+    """theta + 1e38 theta: from 1e-20 to 1e18, then beyond the range of float32."""
     rule = partial(jaxrnn.sgd, learning_rate=-1e38)
     update = jaxrnn.make_update(lambda params, batch, h: ((jnp.ones(()), None), params), rule)
     state = jaxrnn.init_state(jax.tree.map(lambda leaf: leaf * 1e-20, params), rule)
@@ -242,7 +242,7 @@ def test_the_norm_of_short_floats_does_not_overflow(batch):
     assert metrics.gradient_norm.dtype == jnp.float32
 
 
-def test_diverged_says_where_and_what_to_try():
+def test_diverged_names_the_step_and_what_to_try():
     error = jaxrnn.Diverged(12, 3, [0.5, 80.0, float("nan")])
     message = "step 12: expected finite .* got 3 consecutive updates .*: 0.5, 80, nan. Try"
     with pytest.raises(jaxrnn.Diverged, match=message):
