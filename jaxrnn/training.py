@@ -122,6 +122,7 @@ def fit(
     >>> result.history[-1].train_loss < result.history[0].train_loss
     True
     """
+    # The body has over 40 lines with the signature: each argument has its own.
     checks.check_key("key", key)
     _check_settings(max_epochs, patience, tolerance, max_skipped)
     _check_data(train, valid, batch_size, h_0, max_epochs)
