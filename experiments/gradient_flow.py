@@ -210,7 +210,7 @@ def draw_clipping(ax, rows: list[dict]):
     ax.plot(positions, np.nanmedian(losses, axis=1), color="C0", label="median")
     ax.axhline(np.log(4), color="k", linestyle="--", label="chance, ln 4")
     for x in positions[np.isnan(losses).any(axis=1)]:
-        ax.text(x, 6, f"{np.isnan(losses[x]).sum()} diverged", color="C3", ha="center")
+        ax.text(x + 0.45, 6, f"{np.isnan(losses[x]).sum()} diverged", color="C3", ha="right")
     labels = ["none" if row["clip"] is None else f"{row['clip']:g}" for row in rows]
     ax.set_xticks(positions, labels)
     ax.set(yscale="log", ylim=(1e-6, 20), xlim=(-0.5, len(rows) - 0.5))
