@@ -1,4 +1,4 @@
-"""Training of parameters that are no bare Params: each composition updates, fits and resumes."""
+"""Training of compositions: parameters that hold more than one Params, and random gradients."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ ADAM = optax.adam(3e-2)
 
 
 class Composition(NamedTuple):
-    """What is trained, and on what: `loss` is the one of the recipe, on a single device."""
+    """Parameters, data, and the loss of the recipe, which runs on a single device."""
 
     params: Any
     loss: Callable
@@ -35,7 +35,7 @@ class Composition(NamedTuple):
 
 def numbers():
     batch = labelled_batch(T, N)
-    mask = np.arange(T)[:, None] < np.array([6, 2, 6, 0, 1, 5, 3, 6])
+    mask = np.arange(T)[:, None] < np.array([0, 2, 1, 0, 6, 5, 6, 6])
     return batch._replace(xs=batch.xs.astype(np.float32), mask=mask)
 
 
@@ -70,7 +70,7 @@ def dropout_case():
 
 
 def parallel_case(make_case):
-    """The same on two devices; one counts 23 steps, the other 29."""
+    """The same on two devices, of which one counts 3 steps and the other 23."""
     case = make_case()
     mesh = Mesh(jax.devices()[:2], ("batch",))
     return case._replace(gradient_fn=jaxrnn.data_parallel(case.gradient_fn, mesh))
@@ -82,7 +82,6 @@ CASES = {
     "learned h_0": learned_h0_case,
     "dropout": dropout_case,
     "parallel stack": partial(parallel_case, stack_case),
-    "parallel embedding": partial(parallel_case, embedding_case),
 }
 
 
@@ -112,7 +111,7 @@ def test_updates_follow_the_gradient_and_change_every_part(name):
         got = metrics.loss, metrics.gradient_norm, state.h
         assert max(relative_errors(got, expected)) <= AGREEMENT
         losses.append(metrics.loss.item())
-    assert metrics.counted == 29
+    assert metrics.counted == 26
     assert losses[-1] < 0.8 * losses[0]
     unchanged = jax.tree.map(lambda a, b: a.size and (a == b).all().item(), state.params, params)
     assert not any(jax.tree.leaves(unchanged))
@@ -162,8 +161,8 @@ def test_dropout_draws_a_mask_for_each_update_and_none_to_evaluate():
     case = dropout_case()
     rule = partial(jaxrnn.sgd, learning_rate=0.0)
     result = jaxrnn.fit(
-        jax.random.key(1), case.params, [case.batch], optimizer=rule, gradient_fn=case.gradient_fn,
-        gradient_key=case.key, max_epochs=4,
+        jax.random.key(1), case.params, [case.batch], optimizer=rule,
+        gradient_fn=case.gradient_fn, gradient_key=case.key, max_epochs=4,
     )  # fmt: skip
     loss = jax.jit(case.loss)
     expected = [loss(case.params, case.batch, **key_of(case, n))[0].item() for n in range(4)]

@@ -114,6 +114,21 @@ def test_the_state_is_donated_and_the_callers_parameters_are_not(params, batch):
     assert not params.W_h.is_deleted()
 
 
+def test_a_state_that_vmap_does_not_map_is_not_donated(params, batch):
+    """XLA warns of a donated state that it cannot reuse, and warnings are errors here."""
+    rule = partial(jaxrnn.sgd, learning_rate=0.1)
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    state = jaxrnn.init_state(params, rule)
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), batch)
+    new, metrics = jax.jit(jax.vmap(update, in_axes=(None, 0)))(state, batches)
+    again, _ = jax.vmap(update, in_axes=(None, 0))(state, batches)
+    assert not state.params.W_h.is_deleted()
+    alone, alone_metrics = update(state, jax.tree.map(lambda leaf: leaf[1], batches))
+    for together in (new, again):
+        np.testing.assert_allclose(together.params.W_h[1], alone.params.W_h, rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss[1], alone_metrics.loss, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_carried_state_continues_the_stream_and_cuts_the_gradient(batch):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)

@@ -1,0 +1,106 @@
+"""Optax optimisers that need more than the gradient, and errors that name a wrong optimiser."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch
+from tests.recipe_cases import draw, labelled_batch, network
+from tests.reference import plain_loss, relative_errors
+
+
+@pytest.mark.usefixtures("x64")
+def test_lbfgs_finds_the_least_squares_readout_in_few_updates():
+    params, xs, targets = network(0, 2, 4), draw(1, 9, 5, 2), draw(2, 9, 5, 2)
+    batch = Batch(jnp.asarray(xs), jnp.asarray(targets))
+
+    def readout_gradient(readout, batch, h):
+        trained = params._replace(**readout)
+        result, grads = jaxrnn.bptt(trained, batch, h, loss=jaxrnn.squared_error)
+        return result, {"W_y": grads.W_y, "b_y": grads.b_y}
+
+    optimizer = optax.lbfgs()
+    update = jaxrnn.make_update(readout_gradient, optimizer)
+    state = jaxrnn.init_state({"W_y": params.W_y, "b_y": params.b_y}, optimizer)
+    for _ in range(25):
+        state, metrics = update(state, batch)
+    _, hs = jaxrnn.hidden_states(params, batch.xs)
+    design = np.concatenate([hs.reshape(45, 4), np.ones((45, 1))], axis=1)
+    expected, *_ = np.linalg.lstsq(design, targets.reshape(45, 2))
+    np.testing.assert_allclose(state.params["W_y"], expected[:4].T, atol=1e-6)
+    np.testing.assert_allclose(state.params["b_y"], expected[4], atol=1e-6)
+    assert metrics.gradient_norm < 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+def test_multi_steps_update_by_the_mean_gradient():
+    params, optimizer = network(0, 2, 4), optax.MultiSteps(optax.sgd(0.1), every_k_schedule=3)
+    batches = [labelled_batch(seed=n) for n in range(3)]
+    update = jaxrnn.make_update(jaxrnn.bptt, optimizer)
+    state = jaxrnn.init_state(params, optimizer)
+    for batch in batches:
+        for leaf, initial in zip(state.params, params, strict=True):
+            np.testing.assert_array_equal(leaf, initial)
+        state, _ = update(state, batch)
+
+    def mean(params):
+        return sum(plain_loss(params, batch)[0] for batch in batches) / 3
+
+    expected = jaxrnn.sgd(params, jax.jit(jax.grad(mean))(params), 0.1)
+    assert max(relative_errors(state.params, expected)) <= 1e-8  # optax accumulates in float32
+
+
+def constant_gradient(params, batch, h):
+    """A loss of 3 that never falls, and a gradient of 2 for each parameter."""
+    return (jnp.array(3.0), h), jax.tree.map(lambda leaf: jnp.full_like(leaf, 2.0), params)
+
+
+def steps(optimizer, updates):
+    """What each update subtracts from one of four parameters."""
+    update = jaxrnn.make_update(constant_gradient, optimizer)
+    state = jaxrnn.init_state({"w": jnp.zeros(4)}, optimizer)
+    path = [0.0]
+    for _ in range(updates):
+        state, _ = update(state, labelled_batch())
+        path.append(state.params["w"][0].item())
+    return -np.diff(path)
+
+
+def test_a_loss_on_a_plateau_reduces_the_step():
+    """The first loss is an improvement; after each two without one, the step is a tenth."""
+    plateau = optax.contrib.reduce_on_plateau(factor=0.1, patience=2)
+    got = steps(optax.chain(optax.sgd(1.0), plateau), 7)
+    np.testing.assert_allclose(got, 2 * np.array([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001]), rtol=1e-4)
+
+
+def test_the_polyak_step_is_the_loss_over_the_squared_norm():
+    """3 / (4 * 2^2) times the gradient of 2, and at most max_learning_rate times it."""
+    got = steps(optax.polyak_sgd(max_learning_rate=1.0), 1)
+    np.testing.assert_allclose(got, 3 / 16 * 2, rtol=1e-6)
+    got = steps(optax.polyak_sgd(max_learning_rate=0.1), 1)
+    np.testing.assert_allclose(got, 0.1 * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("factory", [optax.adam, optax.lbfgs, optax.contrib.schedule_free_sgd])
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_an_optimiser_that_was_not_called_is_named(factory, as_dict):
+    params = jaxrnn.init(jax.random.key(0), 2, 4, 2)
+    params = {"rnn": params} if as_dict else params
+    message = rf"^optimizer: expected .* got <function {factory.__name__} .*is called first: optax"
+    with pytest.raises(TypeError, match=message):
+        jaxrnn.make_update(jaxrnn.bptt, factory)
+    with pytest.raises(TypeError, match=message):
+        jaxrnn.init_state(params, factory)
+    with pytest.raises(TypeError, match=message):
+        jaxrnn.fit(jax.random.key(0), params, labelled_batch(), optimizer=factory)
+
+
+@pytest.mark.parametrize("rule", [lambda params, grads: None, lambda params, grads: grads.W_h])
+def test_a_rule_that_returns_something_else_is_named(rule):
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    state = jaxrnn.init_state(jaxrnn.init(jax.random.key(0), 2, 4, 2), rule)
+    with pytest.raises(TypeError, match=r"^optimizer: expected a rule that returns new parameters"):
+        update(state, labelled_batch())
