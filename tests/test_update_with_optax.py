@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import jaxrnn
+from experiments.recipes import dropout
 from jaxrnn import Batch
 from tests.recipe_cases import draw, labelled_batch, network
 from tests.reference import plain_loss, relative_errors
@@ -33,6 +34,30 @@ def test_lbfgs_finds_the_least_squares_readout_in_few_updates():
     np.testing.assert_allclose(state.params["W_y"], expected[:4].T, atol=1e-6)
     np.testing.assert_allclose(state.params["b_y"], expected[4], atol=1e-6)
     assert metrics.gradient_norm < 1e-6
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("key", [None, 3])
+def test_value_fn_has_the_value_and_the_gradient_of_the_gradient_function(key):
+    """Elsewhere than at the parameters of the update, and with the key of the update."""
+    layers, batch = [network(0, 2, 4), network(1, 4, 4)], labelled_batch()
+    key = None if key is None else jax.random.key(key)
+    halved = jax.tree.map(lambda leaf: leaf / 2, layers)
+
+    def init(params):
+        return jnp.zeros(()), params
+
+    def update(updates, state, params, *, value_fn, **extra):
+        assert extra.keys() == {"value", "grad"}
+        return updates, jax.value_and_grad(value_fn)(halved)
+
+    optimizer = optax.GradientTransformationExtraArgs(init, update)
+    state = jaxrnn.init_state(layers, optimizer, key=key)
+    state, _ = jaxrnn.make_update(dropout.gradient_fn, optimizer)(state, batch)
+    first_key = None if key is None else jax.random.fold_in(key, 0)
+    by_autodiff = jax.jit(jax.value_and_grad(dropout.loss, has_aux=True))
+    (value, _), grads = by_autodiff(halved, batch, key=first_key)
+    assert max(relative_errors(state.opt_state, (value, grads))) <= 1e-12
 
 
 @pytest.mark.usefixtures("x64")
