@@ -26,15 +26,7 @@ def regularizer(
     the paper, dz and dh are constants, so its derivative is nonzero for the W_h of the equation
     only. The squares of the norms are those of the authors' code.
 
-    Args:
-      params: Params.
-      batch: Batch.
-      h_0: (*batch, H); zeros if None.
-      activation: f.
-      loss: g and its loss.
-
-    Returns:
-      Omega, a scalar.
+    The arguments are those of `jaxrnn.sequence_loss`.
 
     >>> params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     >>> batch = Batch(jnp.ones((7, 4, 3)), jnp.zeros((7, 4), int))

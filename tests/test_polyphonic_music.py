@@ -17,7 +17,7 @@ from jaxrnn import Batch
     ("content", "why"),
     [(None, "a readable .mat file: No such file"), (b"no piano rolls", "piano rolls as .mat, got")],
 )
-def test_music_that_cannot_be_read_is_named(content, why, tmp_path, capsys):
+def test_an_unreadable_music_file_is_named(content, why, tmp_path, capsys):
     path = tmp_path / "music.mat"
     if content:
         path.write_bytes(content)
@@ -26,7 +26,7 @@ def test_music_that_cannot_be_read_is_named(content, why, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"{path}: expected {why}")
 
 
-def test_the_best_epoch_of_each_seed_counts_and_none_of_one_that_diverged():
+def test_the_test_nll_is_that_of_the_best_epoch_or_nan():
     rows = [
         {"valid": [3.0, 2.0, np.nan], "test": [3.1, 2.1, np.nan]},
         {"valid": [1.0, np.nan, np.nan], "test": [1.5, np.nan, np.nan]},
@@ -34,7 +34,7 @@ def test_the_best_epoch_of_each_seed_counts_and_none_of_one_that_diverged():
     np.testing.assert_equal(polyphonic_music.best_test_nll(rows), [1.5, 2.1, np.nan])
 
 
-def test_music_that_has_diverged_is_written_as_json_all_the_same(music, tmp_path):
+def test_results_of_diverged_networks_are_valid_json(music, tmp_path):
     rates = ["--optimizer", "sgd", "--learning-rates", "1e30", "1e30", "1e30"]
     out = tmp_path / "out"
     assert polyphonic_music.run(["--smoke", "--data", str(music), "--out", str(out), *rates]) == 0
