@@ -183,6 +183,18 @@ def test_a_rollout_of_a_policy_is_unrolled_again_with_its_resets():
     got = jax.jit(jaxrnn.bptt)(params, batch, actor.h)
     assert max(relative_errors(got, jax.jit(pieces)(params, h_0=actor.h))) <= AGREEMENT
 
+    returns = np.random.default_rng(0).uniform(size=(T, B))
+
+    def reinforce(params):
+        _, logits = jaxrnn.unroll(params, xs, actor.h, reset=reset)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), actions[..., None], axis=-1)
+        return -(returns * log_p[..., 0]).sum()
+
+    batch = Batch(xs, actions, reset=reset, weights=returns)
+    (_, _), grads = jax.jit(jaxrnn.bptt)(params, batch, actor.h)
+    grads = jax.tree.map(lambda leaf: leaf * returns.sum(), grads)
+    assert max(relative_errors(grads, jax.jit(jax.grad(reinforce))(params))) <= AGREEMENT
+
 
 def trained(params, gradient_fn, batch):
     return jaxrnn.fit(

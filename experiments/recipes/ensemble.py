@@ -1,9 +1,8 @@
-"""An ensemble: 64 seeds trained in one compiled call, each as if it had been trained alone.
+"""An ensemble: 64 seeds trained in one compiled call, each as if it were trained alone.
 
-`lax.map` runs the seeds of a device one after the other, `shard_map` the devices side by side; for
-a CPU's cores set `jax_num_cpu_devices` before anything else. `vmap` instead makes 64 products of
-(16, 32) and (32, 32) at every step, which XLA runs on a CPU no faster than one after the other;
-under `shard_map` on two CPU devices, `vmap` of `init`, with its QR factorisation, hung.
+`lax.map` trains the seeds of a device one by one, and `shard_map` runs the devices in parallel. To
+make a device of each CPU core, set `jax_num_cpu_devices` before JAX is first used. `vmap` takes 64
+products of (16, 32) and (32, 32) at each step; XLA runs them on a CPU no faster than one by one.
 
 Milliseconds for one update of all 64, minimum / median of 11, interleaved; H 32, T 50, B 16,
 float32, 2 CPU cores (AMD EPYC), JAX 0.10.2, 2026-11-23:
@@ -39,9 +38,9 @@ def train(batch, updates, key):
 
 
 def train_all(batch, updates, keys, devices):
-    """The same for all keys; their number is a multiple of the devices'."""
+    """All runs, one for each key; the number of keys is a multiple of the number of devices."""
     seeds = PartitionSpec("seeds")
-    # Nothing is communicated, so there is nothing to check of what varies between devices.
+    # The devices do not communicate, so shard_map has no varying axes to check.
     return jax.shard_map(
         partial(lax.map, partial(train, batch, updates)),
         mesh=Mesh(devices, "seeds"), in_specs=seeds, out_specs=seeds, check_vma=False,

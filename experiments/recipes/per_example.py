@@ -37,7 +37,7 @@ def private_gradient(params, batch, h=None, *, key=None, norm=1.0, noise=0.0):
 
 def main() -> None:
     key_init, key_data, key_fit, key_noise = jax.random.split(jax.random.key(0), 4)
-    xs = jax.random.normal(key_data, (10, 256, 1))
+    xs = jax.random.normal(key_data, (10, 128, 1))
     batch = Batch(xs, (xs[..., 0].cumsum(axis=0) > 0).astype(int))
     params = jaxrnn.init(key_init, input_size=1, hidden_size=8, output_size=2)
     _, grads = jax.jit(per_example)(params, batch)

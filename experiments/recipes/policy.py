@@ -28,8 +28,9 @@ def rollout(key, params, actor, env_step, length):
     """env_step: (env_state, action) -> (env_state, observation, reward, done); it resets itself.
 
     Returns the actor after the last step, and (observations, reset, actions, rewards), each
-    (length, B, ...). With returns computed from the rewards, the policy gradient is `bptt` of
-    `Batch(observations, actions, reset=reset, weights=returns)` from the h of the first actor.
+    (length, B, ...). With returns >= 0 of the rewards, the gradient of `make_update` for
+    `Batch(observations, actions, reset=reset, weights=returns)`, from the first actor's h, is the
+    policy gradient (REINFORCE, Williams 1992) divided by the sum of the returns.
     """
 
     def body(actor, key):

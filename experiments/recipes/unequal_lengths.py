@@ -29,8 +29,8 @@ def in_buckets(sequences: list[Batch], padding: float) -> list[Batch]:
 def main() -> None:
     # Which of the two inputs has the larger sum?
     rng = np.random.default_rng(0)
-    drawn = [rng.normal(size=(T, 2)).astype(np.float32) for T in rng.integers(1, 20, 300)]
-    batches = in_buckets([labelled(xs, xs.sum(axis=0).argmax()) for xs in drawn], padding=0.2)
+    drawn = [rng.normal(size=(T, 2)).astype(np.float32) for T in rng.integers(5, 21, 256)]
+    batches = in_buckets([labelled(xs, xs.sum(axis=0).argmax()) for xs in drawn], padding=0.25)
     print("batches (T, N):", [batch.xs.shape[:2] for batch in batches])
     params = jaxrnn.init(jax.random.key(0), input_size=2, hidden_size=16, output_size=2)
     adam = optax.adam(1e-2)
