@@ -21,8 +21,7 @@ def stored():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-@pytest.fixture
-def executed(monkeypatch):
+def execute(monkeypatch):
     """The notebook as a new kernel runs it, with this checkout on the path."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XLA_FLAGS", FAST_COMPILATION)
@@ -89,7 +88,8 @@ def check_claims(notebook) -> None:
     assert one_device == pytest.approx(two_devices, rel=1e-3)
 
 
-def test_runs_and_prints_what_is_stored(stored, executed):
+def test_runs_and_prints_what_is_stored(stored, monkeypatch):
+    executed = execute(monkeypatch)
     check_claims(executed)
     for fresh, cell in zip(code_cells(executed), code_cells(stored), strict=True):
         assert all(output.get("name") != "stderr" for output in fresh.outputs), printed(fresh)
