@@ -31,7 +31,7 @@ class Compiled(NamedTuple):
 
 
 def compile_functions(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
-    """The compiled functions; the same ones for the same arguments, so that nothing recompiles."""
+    """The compiled functions, cached, so that a second run with the same arguments reuses them."""
     try:
         return _cached(gradient_fn, optimizer)
     except TypeError as error:
@@ -52,7 +52,7 @@ def _cached(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
     ) -> tuple[TrainState, Metrics]:
         return shuffled_epoch(update, state, train, key, batch_size)
 
-    # The state is not donated: the result that was handed out before the epoch stays as it is.
+    # The state is not donated, because a callback may hold the result before the epoch.
     return Compiled(
         update,
         jax.jit(epoch, static_argnums=3),

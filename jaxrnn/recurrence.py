@@ -32,7 +32,7 @@ def scan_unroll() -> int:
 
 
 def block_steps(params: Params, batch: Batch) -> int:
-    """The steps of a block, whose products `bptt` takes together. Measured: experiments/README.md.
+    """The steps of a block, whose products `bptt` takes together, as experiments/README.md measures.
 
     On a CPU, the arrays of a block stay in the cache, yet its products have 512 rows or more, which
     outweighs the addition of its gradient to the sums. A GPU wants larger blocks. A block copies
@@ -49,9 +49,14 @@ def block_steps(params: Params, batch: Batch) -> int:
 
 
 def near_divisor(T: int, K: int) -> int:
-    """The divisor of T nearest to K within a factor of two; K if there is none, at most T."""
+    """The divisor of T nearest to K within a factor of two; K if there is none, at most T.
+
+    >>> near_divisor(1000, 32), near_divisor(997, 32), near_divisor(5, 10**12)
+    (40, 32, 5)
+    """
+    K = min(K, T)
     divisors = [k for k in range(-(-K // 2), 2 * K + 1) if T % k == 0]
-    return min(divisors, key=lambda k: max(k / K, K / k), default=min(K, T))
+    return min(divisors, key=lambda k: max(k / K, K / k), default=K)
 
 
 def input_product(params: Params, xs: Array) -> Array:
