@@ -32,7 +32,7 @@ def scan_unroll() -> int:
 
 
 def block_steps(params: Params, batch: Batch) -> int:
-    """The steps of a block, whose products `bptt` takes together, as experiments/README.md measures.
+    """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
 
     On a CPU, the arrays of a block stay in the cache, yet its products have 512 rows or more, which
     outweighs the addition of its gradient to the sums. A GPU wants larger blocks. A block copies
