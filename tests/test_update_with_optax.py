@@ -26,7 +26,7 @@ def test_lbfgs_finds_the_least_squares_readout_in_few_updates():
     optimizer = optax.lbfgs()
     update = jaxrnn.make_update(readout_gradient, optimizer)
     state = jaxrnn.init_state({"W_y": params.W_y, "b_y": params.b_y}, optimizer)
-    for _ in range(25):
+    for _ in range(60):
         state, metrics = update(state, batch)
     _, hs = jaxrnn.hidden_states(params, batch.xs)
     design = np.concatenate([hs.reshape(45, 4), np.ones((45, 1))], axis=1)
