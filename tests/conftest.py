@@ -31,6 +31,13 @@ hypothesis.settings.register_profile("jaxrnn", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("jaxrnn")
 
 
+def default_and_thorough(default, count: int) -> list:
+    """The cases 0 to count - 1, of which those not in `default` are marked thorough."""
+    return [
+        n if n in default else pytest.param(n, marks=pytest.mark.thorough) for n in range(count)
+    ]
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: runs only with JAXRNN_THOROUGH=1")
     # Many tests compile the same program; each process compiles it once.

@@ -9,6 +9,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch
+from tests.conftest import default_and_thorough
 from tests.reference import ACTIVATIONS, plain_loss, plain_unroll, random_case, with_defaults
 from tests.reference import relative_errors as errors
 
@@ -17,7 +18,7 @@ by_autodiff = jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", range(16))
+@pytest.mark.parametrize("structure", default_and_thorough(range(8), 16))
 def test_unroll_equals_the_plain_scan(structure):
     case = random_case(2000 + structure, largest_T=20)
     activation = ACTIVATIONS[case.activation]
