@@ -6,7 +6,7 @@ A row is a method at a size: group, number, size, method, min_ms, median_ms, tem
 import matplotlib.pyplot as plt
 import numpy as np
 
-GRADIENTS = ("sequence_loss", "bptt", "bptt, K", "bptt x ", "bptt, ReLU")
+OURS = ("sequence_loss", "bptt")
 """The methods that are jaxrnn's, as their names begin."""
 
 
@@ -31,7 +31,7 @@ def table(rows: list[dict]) -> str:
 
 def is_compared(method: str, other: str) -> bool:
     """A method of jaxrnn with another method of the same activation, or its own older version."""
-    if not method.startswith(GRADIENTS) or method.endswith("baseline") or other == "floor":
+    if not method.startswith(OURS) or method.endswith("baseline") or other == "floor":
         return False
     if other.endswith("baseline"):
         return other == f"{method}, baseline"
@@ -43,7 +43,9 @@ def geometric_mean(ratios: list[float]) -> float:
 
 
 def compare(rows: list[dict]) -> dict[str, dict]:
-    """Each method of jaxrnn beside each other: by "method / other" and group, the last being all.
+    """Each method of jaxrnn beside each other.
+
+    The result is keyed by "method / other", then by group; "all" is the last group.
 
     `speed` is the geometric mean, `least` the smallest, of how many times as fast it is by the
     minima; `median_speed` the mean by the medians; `memory` that of how many times the memory.

@@ -50,7 +50,7 @@ class Config:
     text: Path | None = None
     """UTF-8 text file. The default is CPython's own documentation, `pydoc_data.topics`."""
     steps: int = 1000
-    """Number of updates; a resumed run may have more than before."""
+    """Number of updates, including those before a resume."""
     hidden_size: int = 256
     """Hidden units, H."""
     batch_size: int = 32
@@ -66,7 +66,7 @@ class Config:
     out: Path = Path("runs/char_lm")
     """Folder for config, metrics, checkpoints, summary, curve and sample."""
     resume: bool = False
-    """Continue from the newest checkpoint in `out`; only `steps` may differ, and only grow."""
+    """Continue from the newest checkpoint in `out`, with the same settings; `steps` may grow."""
     overwrite: bool = False
     """Discard the run that `out` holds."""
     checkpoint_every_steps: int | None = None
@@ -78,7 +78,7 @@ class Config:
     sample: int | None = None
     """Write this many characters from the run in `out` instead of training."""
     prompt: str = ""
-    """Text that precedes the sample; it is not written again."""
+    """Text that the network reads before the sample; it is not printed."""
     temperature: float = 1.0
     """Divides the logits of the sample: below 1 favours likely characters."""
 
@@ -98,7 +98,7 @@ class Config:
 
 
 def draw(rows: list[dict], valid_bpc: float, path: Path) -> None:
-    """Training and validation bits per character over updates; `valid_bpc` is that of the end."""
+    """Bits per character over updates; `valid_bpc` is the final validation value."""
     fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     steps = [row["step"] for row in rows]
     ax.plot(steps, [row["train_bpc"] for row in rows], lw=0.8, alpha=0.6, label="training batch")
@@ -121,7 +121,7 @@ def bits(params: Params, data: Batch, config: Config) -> float:
 
 
 def train(config: Config, vocabulary: str, stream: Batch, valid: Batch, run: Run) -> Params:
-    """Trains up to config.steps updates, a line of metrics for each."""
+    """Trains until update config.steps and logs each update."""
     sizes = len(vocabulary), config.hidden_size, len(vocabulary)
     params = jaxrnn.init(jax.random.key(config.seed), *sizes)
     for data in (stream, valid):

@@ -53,7 +53,7 @@ def sample(
       key: `jax.random.key`.
       params: of a network over `vocabulary`.
       vocabulary: the characters, in the order of their indices.
-      length: characters to draw; fewer characters with the same key are a prefix.
+      length: characters to draw; with the same key, a shorter sample is a prefix of a longer one.
       prompt: the network reads it first. An empty prompt stands for a line break, or for the first
         character of a vocabulary without one.
       temperature: divides the logits; near 0 the most likely character is always drawn.

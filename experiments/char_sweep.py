@@ -45,9 +45,9 @@ class Config:
     characters: int = 1_000_000
     """Training characters for each network."""
     windows: tuple[int, ...] = (16, 64, 256)
-    """Steps of backpropagation through time, T; hidden sizes are compared at the middle value."""
+    """Steps of backpropagation through time, T; hidden sizes are compared at the middle entry."""
     hidden_sizes: tuple[int, ...] = (128, 256, 512)
-    """Hidden units, H; windows are compared at the middle value."""
+    """Hidden units, H; windows are compared at the middle entry."""
     batch_size: int = 32
     """Parallel streams of text, B."""
     learning_rate: float = 2e-3
@@ -69,6 +69,8 @@ class Config:
         cli.expect_values(self, "windows", "hidden_sizes")
         counts = ("characters", "windows", "hidden_sizes", "batch_size", "checks", "seeds")
         cli.expect_at_least(1, self, *counts)
+        least = self.batch_size * max(self.windows) * self.checks  # an update for each check
+        cli.expect_at_least(least, self, "characters")
         cli.expect_positive(self, "learning_rate")
         cli.expect_seed(self)
 

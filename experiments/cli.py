@@ -12,6 +12,7 @@ Exit statuses:
 
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
@@ -62,7 +63,7 @@ def expect(config, name: str, expected: str, holds: Callable[[Any], bool]) -> No
 
 def expect_at_least(least: int, config, *names: str) -> None:
     for name in names:
-        expect(config, name, f"at least {least}", lambda value: value >= least)
+        expect(config, name, f"at least {least}", lambda value: least <= value < math.inf)
 
 
 def expect_positive(config, *names: str) -> None:

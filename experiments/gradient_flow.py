@@ -79,6 +79,7 @@ class Config:
         cli.expect_values(self, "radii", "trained_radii", "clips")
         counts = ("length", "updates", "check_every", "test_size", "batch_size", "hidden_size")
         cli.expect_at_least(1, self, *counts, "seeds")
+        cli.expect_at_least(2, self, "length")
         cli.expect_positive(self, "radii", "trained_radii", "clipped_radius")
         cli.expect_positive(self, "clips", "clip", "learning_rate")
         cli.expect_multiple(self, "updates", of="check_every")
@@ -226,14 +227,14 @@ def rows_by_threshold(rows: list[dict], name: str) -> list[dict]:
     return [r for r in rows if (r["activation"], r["radius"], r.get("updates")) == last]
 
 
-def draw(rows: list[dict]):
+def draw(rows: list[dict], clip: float):
     """For each activation: at initialisation, during training, and against the threshold."""
     figure, axes = plt.subplots(2, 3, figsize=(16, 8), layout="constrained")
     for (left, middle, right), name in zip(axes, ACTIVATIONS, strict=True):
         initial = [row for row in rows if row["activation"] == name and "relative_norms" in row]
         trained = [row for row in rows if row["activation"] == name and "losses" in row]
         draw_initial(left, initial)
-        draw_training(middle, [row for row in trained if row["clip"] == trained[0]["clip"]])
+        draw_training(middle, [row for row in trained if row["clip"] == clip])
         draw_clipping(right, rows_by_threshold(rows, name))
     for ax in axes.flat:
         ax.grid(alpha=0.3)
@@ -273,7 +274,9 @@ def main(config: Config) -> dict:
             }
             report.log(activation=name, radius=radius, **measured)
     settings: list = [(r, config.clip) for r in config.trained_radii if r != config.clipped_radius]
-    settings += [(config.clipped_radius, clip) for clip in config.clips]
+    # The threshold of the other radii is among those of the clipped radius.
+    thresholds = dict.fromkeys([*config.clips, config.clip])
+    settings += [(config.clipped_radius, clip) for clip in thresholds]
     with tqdm(ACTIVATIONS.items(), unit="activation", disable=None) as bar:
         for name, f in bar:
             for updates, results in train(config, f, test_batch, settings):
@@ -283,7 +286,7 @@ def main(config: Config) -> dict:
                     report.log(
                         activation=name, radius=radius, clip=clip, updates=updates, **measured
                     )
-    return report.finish(summarize(config, report.rows), draw)
+    return report.finish(summarize(config, report.rows), partial(draw, clip=config.clip))
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -77,6 +77,7 @@ class Config:
     def __post_init__(self):
         cli.expect_at_least(1, self, "hidden_size", "epochs", "batch_size", "seeds")
         cli.expect_at_least(0, self, "folds", "weight_decay", "noise")
+        cli.expect(self, "folds", "0 or at least 2", lambda folds: folds != 1)
         cli.expect_positive(self, "learning_rate", "clip")
         cli.expect_seed(self)
 

@@ -80,6 +80,7 @@ class Config:
     def __post_init__(self):
         cli.expect_values(self, "methods")
         cli.expect_at_least(1, self, "hidden_size", "epochs", "batch_size", "seeds")
+        cli.expect(self, "hidden_size", "an even number", lambda size: size % 2 == 0)
         cli.expect_at_least(0, self, "weight_decay")
         cli.expect_positive(self, "learning_rate", "clip")
         cli.expect_share(self, "dropout")

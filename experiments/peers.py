@@ -1,4 +1,4 @@
-"""What jaxrnn is compared with: scans by hand, Flax, Haiku, torch, a floor, and older versions.
+"""The methods of the benchmark: scans by hand, Flax, Haiku, torch, a floor, older versions.
 
 Each takes jaxrnn's own parameters and batch and computes the same mean loss: cross-entropy if the
 targets are integers, else squared error. A batch with weights counts the last step alone.

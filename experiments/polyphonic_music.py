@@ -215,7 +215,8 @@ def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):
     def run_epoch(state, batches):
         state = state._replace(h=jnp.zeros_like(state.h))
         state, metrics = lax.scan(lambda s, batch: update(s, as_floats(batch)), state, batches)
-        results = state.params, metrics.loss.mean()
+        counted = metrics.counted.sum()
+        results = state.params, (metrics.loss * metrics.counted).sum() / counted
         params, loss = nan_if_skipped(results, metrics.skipped)
         return state._replace(params=params), loss
 

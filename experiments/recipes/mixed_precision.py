@@ -2,7 +2,7 @@
 
 Everything is computed in the dtype of the parameters; the loss and the sums over time are float32
 at least. The gradient is cast back, so the state of the optimiser and the updates are float32.
-Autodiff of the cast is the cast back too.
+Autodiff through the cast also returns the gradient in float32.
 
 Relative error against float64, H 128, T 128, B 32, I and O 32, CPU, JAX 0.10.2, 2026-11-23:
 

@@ -59,7 +59,8 @@ def main() -> None:
     actor = Actor(jnp.arange(B), jnp.zeros((B, 3)), jnp.ones(B, bool), jnp.zeros((B, H)))
     run = jax.jit(rollout, static_argnums=(3, 4))
     actor, (_, reset, _, rewards) = run(jax.random.key(1), params, actor, recall, 100)
-    print("mean reward of an episode:", rewards.sum() / reset[1:].sum())
+    episodes = reset[1:].sum() + actor.done.sum()
+    print("mean reward of an episode:", rewards.sum() / episodes)
 
 
 if __name__ == "__main__":
