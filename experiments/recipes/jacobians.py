@@ -4,8 +4,8 @@
 
 Singular values of dh_T/dh_t are the factors by which perturbations grow or shrink (Pascanu,
 Mikolov, Bengio 2013). The largest Lyapunov exponent is the mean growth per step, in nats, of the
-direction that grows most (Benettin et al. 1980). `jaxrnn.gradient_flow` gives the gradient of a loss
-by each state.
+direction that grows most (Benettin et al. 1980). `jaxrnn.gradient_flow` gives the gradient
+of a loss by each state.
 Run: python -m experiments.recipes.jacobians
 """
 
