@@ -6,11 +6,11 @@ products of (16, 32) and (32, 32) at each step; on a CPU, XLA runs them at about
 one.
 
 Milliseconds for one update of all 64, minimum / median of 11, interleaved; H 32, T 50, B 16,
-float32, 2 CPU cores (AMD EPYC), JAX 0.10.2, 2026-11-23:
+float32, 2 CPU cores (AMD EPYC), JAX 0.10.2, 2026-11-25:
 
     updates in a call    64 calls       vmap           lax.map        this, on two devices
-    1                    15.2 / 15.7    16.1 / 18.9    11.4 / 11.7    5.6 / 5.7
-    20                    9.9 / 10.2     8.7 / 9.0      9.6 / 9.7     4.5 / 4.6
+    1                    18.5 / 19.7    23.3 / 25.7    14.8 / 16.5    7.7 / 9.2
+    20                   13.0 / 13.4    12.5 / 13.6    12.7 / 13.0    6.2 / 6.4
 
 Run: python -m experiments.recipes.ensemble
 """
