@@ -10,12 +10,17 @@
 
     theta <- theta - eta dtheta                                               update.py
 
+With a leak alpha, the units of a rate network:
+
+    h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
+    dh_t = W_y^T dy_t + W_h^T dz_{t+1} + (1 - alpha) dh_{t+1}         dz_t = alpha f'(z_t) * dh_t
+
 Shapes: T steps, zero or more batch axes, time first: xs (T, *batch, I), hs (T, *batch, H),
 ys (T, *batch, O). A plural is a trajectory. A leading d is the derivative of the loss.
 """
 
 from jaxrnn import checkpoints, interop, serialization
-from jaxrnn.activations import Activation, identity, relu, sigmoid, tanh
+from jaxrnn.activations import Activation, identity, relu, sigmoid, softplus, tanh
 from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch
 from jaxrnn.dynamics import Flow, gradient_flow
@@ -72,6 +77,7 @@ __all__ = [
     "serialization",
     "sgd",
     "sigmoid",
+    "softplus",
     "squared_error",
     "step",
     "tanh",

@@ -14,8 +14,8 @@ from jaxrnn import checks
 class Activation(NamedTuple):
     """A pair of pure functions: f, and f' in terms of the value of f.
 
-    The derivative of tanh, ReLU, sigmoid and identity follows from their value, so the backward
-    pass needs the hidden states and not the pre-activations. For other functions, such as
+    The derivative of tanh, ReLU, sigmoid, softplus and identity follows from their value, so the
+    backward pass needs the hidden states and not the pre-activations. For other functions, such as
     `Activation(jax.nn.gelu)`, autodiff takes f' at pre-activations that are computed again.
 
     Attributes:
@@ -69,6 +69,10 @@ def _sigmoid(z: Array) -> Array:
     return jax.nn.sigmoid(z)
 
 
+def _softplus(z: Array) -> Array:
+    return jax.nn.softplus(z)
+
+
 def _identity(z: Array) -> Array:
     return z
 
@@ -85,6 +89,10 @@ def _sigmoid_prime(h: Array) -> Array:
     return h * (1 - h)
 
 
+def _softplus_prime(h: Array) -> Array:
+    return -jnp.expm1(-h)
+
+
 def _identity_prime(h: Array) -> Array:
     return jnp.ones_like(h)
 
@@ -92,4 +100,5 @@ def _identity_prime(h: Array) -> Array:
 tanh = Activation(f=_tanh, df=_tanh_prime)
 relu = Activation(f=_relu, df=_relu_prime)
 sigmoid = Activation(f=_sigmoid, df=_sigmoid_prime)
+softplus = Activation(f=_softplus, df=_softplus_prime)
 identity = Activation(f=_identity, df=_identity_prime)

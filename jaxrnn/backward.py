@@ -5,6 +5,8 @@
     dW_y = sum dy_t h_t^T        dW_x = sum dz_t x_t^T        dW_h = sum dz_t h_{t-1}^T
     db_y = sum dy_t              db_h = sum dz_t
 
+A leak alpha gives dz_t = alpha f'(z_t) * dh_t, and adds (1 - alpha) dh_{t+1} to dh_t.
+
 A reverse scan gives dh and dz, then one contraction gives each weight's gradient. Both work on one
 block of time after another, so only the hidden states are ever T steps long, and with
 `checkpoint_every` these are recomputed.
@@ -16,18 +18,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
-from jaxrnn.params import Params, at_least_float32
+from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.recurrence import (
     block_steps,
     derivatives,
     initial_state,
-    input_product,
+    input_zs,
     match_varying_axes,
     near_divisor,
     previous,
@@ -56,15 +58,17 @@ def bias_sum(d: Array, dtype: DTypeLike) -> Array:
     return d.sum(axis=tuple(range(d.ndim - 1)), dtype=dtype)
 
 
-def block_states(params: Params, block: Batch, h_0: Array, activation: Activation) -> Array:
+def block_states(
+    params: Params, block: Batch, h_0: Array, activation: Activation, leak: Array | None
+) -> Array:
     """The forward pass over a block from the state h_0 before it: h_t after each step."""
-    zs_x = input_product(params, where_exists(block.mask, block.xs))
-    return recur(activation, params.W_h, zs_x, h_0, block.mask, block.reset)
+    zs_x = input_zs(params, block.xs, block.drive, block.mask)
+    return recur(activation, params.W_h, zs_x, h_0, leak, block.mask, block.reset)
 
 
 def block_zs(params: Params, block: Batch, h_0: Array, hs: Array) -> Array:
     """z_t of each step of a block, from its states: one product instead of a loop."""
-    zs_x = input_product(params, where_exists(block.mask, block.xs))
+    zs_x = input_zs(params, block.xs, block.drive, block.mask)
     return zs_x + previous(hs, h_0, block.mask, block.reset) @ params.W_h.T
 
 
@@ -75,6 +79,7 @@ def block_flow(
     hs: Array,
     dh_next: Array,
     activation: Activation,
+    leak: Array | None,
     loss: Loss,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The first half of the backward pass over a block: the loss, dy_t, dh_t and dz_t.
@@ -84,13 +89,14 @@ def block_flow(
       block: Batch, the steps of the block.
       h_0: the state before the block, (*batch, H).
       hs: the state after each step of the block, (K, *batch, H).
-      dh_next: W_h^T dz of the first step after the block, (*batch, H).
+      dh_next: the part of dh that comes from after the block, (*batch, H).
       activation: f.
+      leak: alpha, or None.
       loss: g and its loss.
 
     Returns:
-      W_h^T dz of the first step of the block; the weighted sum of its losses; dys (K, *batch, O);
-      dhs and dzs (K, *batch, H).
+      dh_next for the block before; the weighted sum of the losses; dys (K, *batch, O); dhs and dzs
+      (K, *batch, H).
     """
     dtype = at_least_float32(params.W_h.dtype)
     targets = where_exists(block.mask, block.targets)
@@ -100,9 +106,9 @@ def block_flow(
     dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
 
     dhs_y = dys @ params.W_y
-    f_primes = derivatives(activation, hs, partial(block_zs, params, block, h_0, hs))
+    f_primes = derivatives(activation, leak, hs, partial(block_zs, params, block, h_0, hs))
     dh_next, (dhs, dzs) = reverse_scan(
-        params.W_h, dh_next, dhs_y, f_primes, block.mask, block.reset
+        params.W_h, dh_next, dhs_y, f_primes, leak, block.mask, block.reset
     )
     return dh_next, value, dys, dhs, dzs
 
@@ -129,6 +135,7 @@ def bptt(
     h_0: Array | None = None,
     *,
     activation: Activation = tanh,
+    leak: ArrayLike | None = None,
     loss: Loss = cross_entropy,
     checkpoint_every: int | None = None,
 ) -> tuple[tuple[Array, Array], Params]:
@@ -142,6 +149,7 @@ def bptt(
       batch: Batch.
       h_0: (*batch, H); zeros if None. It gets no gradient; `jax.grad(sequence_loss)` gives one.
       activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1. It gets no gradient, as h_0.
       loss: g and its loss.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
         forward pass, and memory proportional to T/K + K instead of T. None stores all states.
@@ -161,10 +169,11 @@ def bptt(
     >>> bool(jnp.allclose(grads.W_h, auto.W_h, atol=1e-6))
     True
     """
-    check_loss_arguments(params, batch, h_0, activation, loss)
+    check_loss_arguments(params, batch, h_0, activation, leak, loss)
     if checkpoint_every is not None:
         checks.check_size("checkpoint_every", checkpoint_every)
     h_0 = initial_state(params, batch.xs, h_0)
+    leak = as_leak(params, leak)
     dtype = at_least_float32(params.W_h.dtype)
     T = batch.xs.shape[0]
     if T == 0:
@@ -172,14 +181,16 @@ def bptt(
     K = near_divisor(T, checkpoint_every) if checkpoint_every else block_steps(params, batch)
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
-        hs = block_states(params, block, h, activation)
+        hs = block_states(params, block, h, activation, leak)
         return hs[-1], (h, hs if checkpoint_every is None else None)
 
     def backward(carry: Any, block: Batch, saved: Any) -> tuple[Any, None]:
         dh_next, sums = carry
         h, hs = saved
-        hs = block_states(params, block, h, activation) if hs is None else hs
-        dh_next, value, dys, _, dzs = block_flow(params, block, h, hs, dh_next, activation, loss)
+        hs = block_states(params, block, h, activation, leak) if hs is None else hs
+        dh_next, value, dys, _, dzs = block_flow(
+            params, block, h, hs, dh_next, activation, leak, loss
+        )
         block_sums = value, block_gradient(params, block, h, hs, dys, dzs)
         return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
 

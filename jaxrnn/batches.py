@@ -24,6 +24,8 @@ class Batch(NamedTuple):
       reset: (T, *batch) bool, step t is the first of a new sequence: h_{t-1} is replaced by zeros.
         Ignored where the mask is False.
       weights: (T, *batch) float, at least 0: the weight of step t in the loss.
+      drive: (T, *batch, H) float, added to z_t: noise, a perturbation, an embedding. Never read
+        where the mask is False.
     """
 
     xs: Array
@@ -31,6 +33,7 @@ class Batch(NamedTuple):
     mask: Array | None = None
     reset: Array | None = None
     weights: Array | None = None
+    drive: Array | None = None
 
 
 def steps_shape(xs: Array) -> tuple[int, ...]:
@@ -94,7 +97,18 @@ def check_state(name: str, params: Params, h: Any, batch_shape: tuple[int, ...])
     checks.check_shape(name, h, (*batch_shape, params.W_h.shape[0]), "*batch, H")
 
 
-def check_sequence(params: Params | None, xs: Any, h_0: Any, mask: Any, reset: Any) -> None:
+def check_drive(params: Params | None, drive: Any, steps: tuple[int, ...], leading: str) -> None:
+    """Raises unless drive is None, or one vector of H numbers for each step."""
+    if drive is None:
+        return
+    checks.check_float_array("drive", drive)
+    H = drive.shape[-1:] if params is None else (params.W_h.shape[0],)
+    checks.check_shape("drive", drive, (*steps, *H), f"{leading}, H")
+
+
+def check_sequence(
+    params: Params | None, xs: Any, h_0: Any, drive: Any, mask: Any, reset: Any
+) -> None:
     """Raises TypeError or ValueError unless the arguments of `hidden_states` fit one another."""
     check_input("xs", params, xs, "T, *batch")
     shape = steps_shape(xs)
@@ -102,6 +116,7 @@ def check_sequence(params: Params | None, xs: Any, h_0: Any, mask: Any, reset: A
         raise ValueError(f"xs: expected a time axis in front, got shape {xs.shape}")
     if h_0 is not None and params is not None:
         check_state("h_0", params, h_0, shape[1:])
+    check_drive(params, drive, shape, "T, *batch as in xs")
     for name, flags in (("mask", mask), ("reset", reset)):
         if flags is not None:
             checks.check_array(name, flags)
@@ -116,7 +131,7 @@ def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:
     Without Params, the fields of the batch still have to fit one another.
     """
     check_is_batch(batch)
-    check_sequence(params, batch.xs, h_0, batch.mask, batch.reset)
+    check_sequence(params, batch.xs, h_0, batch.drive, batch.mask, batch.reset)
     shape, O = steps_shape(batch.xs), "O" if params is None else params.W_y.shape[0]
     checks.check_array("targets", batch.targets)
     if not jnp.issubdtype(batch.targets.dtype, jnp.number) and batch.targets.dtype != jnp.bool_:

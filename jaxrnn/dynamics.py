@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.backward import block_flow, block_states
 from jaxrnn.batches import Batch, mean_weights
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
-from jaxrnn.params import Params, at_least_float32
+from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.recurrence import initial_state, match_varying_axes
 
 
@@ -35,11 +36,14 @@ def gradient_flow(
     h_0: Array | None = None,
     *,
     activation: Activation = tanh,
+    leak: ArrayLike | None = None,
     loss: Loss = cross_entropy,
 ) -> Flow:
     """dh_t and dz_t of every step, which `bptt` sums and discards (Werbos 1990).
 
         dh_t = W_y^T dy_t + W_h^T dz_{t+1}        dz_t = f'(z_t) * dh_t        dz_{T+1} = 0
+
+    With a leak alpha, dz_t = alpha f'(z_t) * dh_t, and (1 - alpha) dh_{t+1} is added to dh_t.
 
     `jnp.linalg.norm(flow.dhs, axis=-1)` is the norm of the gradient at each step. With `weights`
     that count one step alone, it shows how far back the error of that step reaches.
@@ -49,6 +53,7 @@ def gradient_flow(
       batch: Batch. Where its mask is False, dh_t is the gradient that passes the step.
       h_0: (*batch, H); zeros if None.
       activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1.
       loss: g and its loss, the mean over the steps that count.
 
     Returns:
@@ -65,10 +70,11 @@ def gradient_flow(
     >>> bool(jnp.allclose(flow.dzs.sum(axis=(0, 1)), grads.b_h, atol=1e-6))
     True
     """
-    check_loss_arguments(params, batch, h_0, activation, loss)
+    check_loss_arguments(params, batch, h_0, activation, leak, loss)
     h_0 = initial_state(params, batch.xs, h_0)
     batch = batch._replace(weights=mean_weights(batch, at_least_float32(params.W_h.dtype)))
-    hs = block_states(params, batch, h_0, activation)
-    dh_next = match_varying_axes(jnp.zeros_like(h_0), h_0)  # W_h^T dz_{T+1} = 0
-    *_, dhs, dzs = block_flow(params, batch, h_0, hs, dh_next, activation, loss)
+    leak = as_leak(params, leak)
+    hs = block_states(params, batch, h_0, activation, leak)
+    dh_next = match_varying_axes(jnp.zeros_like(h_0), h_0)  # dz_{T+1} = 0
+    *_, dhs, dzs = block_flow(params, batch, h_0, hs, dh_next, activation, leak, loss)
     return Flow(dhs, dzs)

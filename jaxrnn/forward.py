@@ -6,10 +6,12 @@ autodiff derives from it.
 """
 
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation, check_activation, has_traced_values, tanh
 from jaxrnn.batches import (
     Batch,
+    check_drive,
     check_input,
     check_sequence,
     check_state,
@@ -17,16 +19,26 @@ from jaxrnn.batches import (
     where_exists,
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
-from jaxrnn.params import Params, check_params
-from jaxrnn.recurrence import hoisted_recur, initial_state, input_product, readout, recur
+from jaxrnn.params import Params, as_leak, check_leak, check_params
+from jaxrnn.recurrence import hoisted_recur, initial_state, input_zs, leaky, readout, recur
 
 
 def step(
-    params: Params, h: Array, x: Array, *, activation: Activation = tanh
+    params: Params,
+    h: Array,
+    x: Array,
+    *,
+    activation: Activation = tanh,
+    leak: ArrayLike | None = None,
+    drive: Array | None = None,
 ) -> tuple[Array, Array]:
     """One step of the network (Elman 1990).
 
-        h_t = f(W_x x_t + W_h h_{t-1} + b_h)        y_t = W_y h_t + b_y
+        z_t = W_x x_t + W_h h_{t-1} + b_h + drive_t
+        h_t = (1 - alpha) h_{t-1} + alpha f(z_t)        y_t = W_y h_t + b_y
+
+    Without a leak, alpha is 1 and h_t = f(z_t). With alpha = dt / tau these are the units of a rate
+    network, with time constant tau and time step dt.
 
     A plain scan over it, `lax.scan(lambda h, x: step(params, h, x), h_0, xs)`, is the
     specification of `unroll`.
@@ -36,6 +48,8 @@ def step(
       h: h_{t-1}, (*batch, H).
       x: x_t, (*batch, I), or an integer token (*batch,).
       activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1.
+      drive: drive_t, (*batch, H); None is 0.
 
     Returns:
       h_t (*batch, H) and y_t (*batch, O), in the parameters' dtype.
@@ -52,9 +66,12 @@ def step(
     check_params(params)
     check_activation(activation, params.W_h.dtype)
     check_input("x", params, x, "*batch")
+    check_leak(leak, params)
     check_state("h", params, h, steps_shape(x))
-    z = input_product(params, x) + h.astype(params.W_h.dtype) @ params.W_h.T
-    h = activation.f(z)
+    check_drive(params, drive, steps_shape(x), "*batch as in x")
+    h = h.astype(params.W_h.dtype)
+    z = input_zs(params, x, drive) + h @ params.W_h.T
+    h = leaky(as_leak(params, leak), h, activation.f(z))
     return h, readout(params, h)
 
 
@@ -64,19 +81,25 @@ def hidden_states(
     h_0: Array | None = None,
     *,
     activation: Activation = tanh,
+    leak: ArrayLike | None = None,
+    drive: Array | None = None,
     mask: Array | None = None,
     reset: Array | None = None,
 ) -> tuple[Array, Array]:
     """The hidden states of all steps.
 
-        z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = f(z_t)
+        z_t = W_x x_t + W_h h_{t-1} + b_h + drive_t
+        h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
 
     Args:
       params: Params.
       xs: (T, *batch, I), or integer tokens (T, *batch).
       h_0: (*batch, H); zeros if None.
       activation: f.
-      mask: (T, *batch) bool, step t exists; where it is False the state is held and xs is not read.
+      leak: alpha in (0, 1], a scalar or (H,), such as dt / tau; None is 1, and h_t = f(z_t).
+      drive: (T, *batch, H), added to z_t: noise, a perturbation, an embedding; None is 0.
+      mask: (T, *batch) bool, step t exists; where it is False the state is held, and xs and drive
+        are not read.
       reset: (T, *batch) bool, h_{t-1} is replaced by zeros before step t, if step t exists.
 
     Returns:
@@ -94,12 +117,13 @@ def hidden_states(
     """
     check_params(params)
     check_activation(activation, params.W_h.dtype)
-    check_sequence(params, xs, h_0, mask, reset)
+    check_leak(leak, params)
+    check_sequence(params, xs, h_0, drive, mask, reset)
     h_0 = initial_state(params, xs, h_0)
-    zs_x = input_product(params, where_exists(mask, xs))
+    zs_x = input_zs(params, xs, drive, mask)
     # A custom derivative rule gives no gradient by values inside the activation; autodiff does.
     loop = recur if has_traced_values(activation, params.W_h.dtype) else hoisted_recur
-    hs = loop(activation, params.W_h, zs_x, h_0, mask, reset)
+    hs = loop(activation, params.W_h, zs_x, h_0, as_leak(params, leak), mask, reset)
     h_T = hs[-1] if hs.shape[0] else h_0
     return h_T, where_exists(mask, hs)
 
@@ -110,12 +134,15 @@ def unroll(
     h_0: Array | None = None,
     *,
     activation: Activation = tanh,
+    leak: ArrayLike | None = None,
+    drive: Array | None = None,
     mask: Array | None = None,
     reset: Array | None = None,
 ) -> tuple[Array, Array]:
     """The outputs of all steps, before g.
 
-        z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = f(z_t)        y_t = W_y h_t + b_y
+        z_t = W_x x_t + W_h h_{t-1} + b_h + drive_t
+        h_t = (1 - alpha) h_{t-1} + alpha f(z_t)        y_t = W_y h_t + b_y
 
     The arguments and errors are those of `hidden_states`.
 
@@ -130,7 +157,9 @@ def unroll(
     >>> bool(jnp.allclose(ys, plain, atol=1e-6))
     True
     """
-    h_T, hs = hidden_states(params, xs, h_0, activation=activation, mask=mask, reset=reset)
+    h_T, hs = hidden_states(
+        params, xs, h_0, activation=activation, leak=leak, drive=drive, mask=mask, reset=reset
+    )
     return h_T, where_exists(mask, readout(params, hs))
 
 
@@ -140,6 +169,7 @@ def sequence_loss(
     h_0: Array | None = None,
     *,
     activation: Activation = tanh,
+    leak: ArrayLike | None = None,
     loss: Loss = cross_entropy,
 ) -> tuple[Array, Array]:
     """The mean loss over the steps that count, and the last state.
@@ -154,6 +184,7 @@ def sequence_loss(
       batch: Batch.
       h_0: (*batch, H); zeros if None.
       activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1.
       loss: g and its loss.
 
     Returns:
@@ -169,8 +200,15 @@ def sequence_loss(
     >>> value.shape, h_T.shape
     ((), (4, 5))
     """
-    check_loss_arguments(params, batch, h_0, activation, loss)
+    check_loss_arguments(params, batch, h_0, activation, leak, loss)
     h_T, hs = hidden_states(
-        params, batch.xs, h_0, activation=activation, mask=batch.mask, reset=batch.reset
+        params,
+        batch.xs,
+        h_0,
+        activation=activation,
+        leak=leak,
+        drive=batch.drive,
+        mask=batch.mask,
+        reset=batch.reset,
     )
     return mean_loss(readout(params, hs), batch, loss), h_T

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxrnn import checks
 from jaxrnn.activations import check_activation
 from jaxrnn.batches import Batch, check_batch, mean_weights, steps_shape, where_exists
-from jaxrnn.params import at_least_float32, check_params
+from jaxrnn.params import at_least_float32, check_leak, check_params
 
 
 class Loss(NamedTuple):
@@ -65,10 +65,13 @@ def _numbers(y: Array, target: Array) -> Array:
     return target.astype(y.dtype)
 
 
-def check_loss_arguments(params: Any, batch: Any, h_0: Any, activation: Any, loss: Any) -> None:
+def check_loss_arguments(
+    params: Any, batch: Any, h_0: Any, activation: Any, leak: Any, loss: Any
+) -> None:
     """Raises TypeError or ValueError unless the arguments of `sequence_loss` fit one another."""
     check_params(params)
     check_activation(activation, params.W_h.dtype)
+    check_leak(leak, params)
     check_batch(params, batch, h_0)
     shape = (*steps_shape(batch.xs), params.W_y.shape[0])
     check_loss(loss, shape, at_least_float32(params.W_y.dtype), batch.targets)

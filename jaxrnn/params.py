@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import checks
 
@@ -52,6 +53,32 @@ def check_params(params: Any) -> None:
     checks.check_shape("params.W_y", params.W_y, (O, H), "O, H with H of W_h")
     checks.check_shape("params.b_h", params.b_h, (H,), "H of W_h")
     checks.check_shape("params.b_y", params.b_y, (O,), "O of W_y")
+
+
+def check_leak(leak: Any, params: Params) -> None:
+    """Raises TypeError or ValueError unless leak is None, or in (0, 1], a scalar or (H,).
+
+    The values of a traced array are not checked.
+    """
+    if leak is None:
+        return
+    if not isinstance(leak, float | int):
+        checks.check_array("leak", leak)
+    shape, H = np.shape(leak), params.W_h.shape[0]
+    if shape not in ((), (H,)):
+        raise ValueError(f"leak: expected a scalar or shape ({H},) (H of W_h), got {shape}")
+    if not checks.is_float(jnp.result_type(leak)) and not isinstance(leak, int):
+        raise TypeError(f"leak: expected a floating-point dtype, got {jnp.result_type(leak)}")
+    if not isinstance(leak, jax.core.Tracer):
+        values = np.atleast_1d(np.asarray(leak, np.float64))
+        wrong = values[~((values > 0) & (values <= 1))]
+        if wrong.size:
+            raise ValueError(f"leak: expected values in (0, 1], got {wrong[0]}")
+
+
+def as_leak(params: Params, leak: ArrayLike | None) -> Array | None:
+    """The leak as an array of the parameters' dtype."""
+    return None if leak is None else jnp.asarray(leak, params.W_h.dtype)
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:

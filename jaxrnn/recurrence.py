@@ -3,9 +3,14 @@
     z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = f(z_t)               `recur`, forward
     dh_t = W_y^T dy_t + W_h^T dz_{t+1}       dz_t = f'(z_t) * dh_t      `reverse_scan`, reverse
 
+With a leak alpha:
+
+    h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
+    dh_t = W_y^T dy_t + W_h^T dz_{t+1} + (1 - alpha) dh_{t+1}           dz_t = alpha f'(z_t) * dh_t
+
 Only the product with W_h is sequential. Every other product is taken for all steps at once, outside
 the loops. Where `mask` is False the state, or the gradient, passes the step unchanged; where
-`reset` is True nothing passes from step t-1 to step t. Either is left out where it is None.
+`reset` is True nothing passes from step t-1 to step t. Each is left out where it is None.
 """
 
 import math
@@ -15,6 +20,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,6 +72,14 @@ def input_product(params: Params, xs: Array) -> Array:
     return add_bias(xs.astype(params.W_x.dtype) @ params.W_x.T, params.b_h)
 
 
+def input_zs(
+    params: Params, xs: Array, drive: Array | None = None, mask: Array | None = None
+) -> Array:
+    """W_x x_t + b_h + drive_t, the part of z_t that does not depend on h_{t-1}."""
+    zs_x = input_product(params, where_exists(mask, xs))
+    return zs_x if drive is None else zs_x + where_exists(mask, drive.astype(zs_x.dtype))
+
+
 def readout(params: Params, hs: Array) -> Array:
     """The outputs before g, for one step or for all at once.
 
@@ -110,6 +124,11 @@ def unless_reset(reset: Array | None, h: Array) -> Array:
     return h if reset is None else jnp.where(per_step(reset, h), jnp.zeros_like(h), h)
 
 
+def leaky(leak: Array | None, h: Array, f_z: Array) -> Array:
+    """(1 - alpha) h_{t-1} + alpha f(z_t)."""
+    return f_z if leak is None else (1 - leak) * h + leak * f_z
+
+
 def previous(hs: Array, h_0: Array, mask: Array | None, reset: Array | None) -> Array:
     """h_{t-1} as step t reads it, zeros after a reset and where step t does not exist."""
     shifted = jnp.concatenate([h_0[None], hs[:-1]])[: hs.shape[0]]
@@ -143,16 +162,18 @@ def recur(
     W_h: Array,
     zs_x: Array,
     h_0: Array,
+    leak: Array | None,
     mask: Array | None,
     reset: Array | None,
 ) -> Array:
-    """The forward loop: h_t = f(z_t) with z_t = W_x x_t + b_h + W_h h_{t-1}.
+    """The forward loop: h_t = (1 - alpha) h_{t-1} + alpha f(z_t), or f(z_t) without a leak.
 
     Args:
       activation: f.
       W_h: (H, H).
       zs_x: W_x x_t + b_h, (T, *batch, H).
       h_0: (*batch, H).
+      leak: alpha, a scalar or (H,), or None.
       mask: (T, *batch) bool or None.
       reset: (T, *batch) bool or None.
 
@@ -162,8 +183,10 @@ def recur(
 
     def body(h: Array, inputs: Any) -> tuple[Array, Array]:
         z_x, valid, reset_t = inputs
-        z = z_x + unless_reset(reset_t, h) @ W_h.T  # z_t = W_x x_t + b_h + W_h h_{t-1}
-        h = hold(valid, activation.f(z), h)  # h_t = f(z_t)
+        h_before = unless_reset(reset_t, h)
+        z = z_x + h_before @ W_h.T  # z_t = W_x x_t + b_h + W_h h_{t-1}
+        h_new = leaky(leak, h_before, activation.f(z))  # h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
+        h = hold(valid, h_new, h)
         return h, h
 
     return lax.scan(body, h_0, (zs_x, mask, reset), unroll=scan_unroll())[1]
@@ -174,70 +197,103 @@ def reverse_scan(
     dh_next: Array,
     dhs_y: Array,
     f_primes: Array,
+    leak: Array | None,
     mask: Array | None,
     reset: Array | None,
 ) -> tuple[Array, tuple[Array, Array]]:
-    """The reverse loop: dh_t = W_y^T dy_t + W_h^T dz_{t+1} and dz_t = f'(z_t) * dh_t.
+    """The reverse loop: dh_t and dz_t of each step.
 
     Args:
       W_h: (H, H).
-      dh_next: W_h^T dz_{T+1}, (*batch, H).
+      dh_next: W_h^T dz_{T+1} + (1 - alpha) dh_{T+1}, (*batch, H).
       dhs_y: W_y^T dy_t, (T, *batch, H).
-      f_primes: f'(z_t), (T, *batch, H).
+      f_primes: alpha f'(z_t), (T, *batch, H).
+      leak: alpha, a scalar or (H,), or None.
       mask: (T, *batch) bool or None.
       reset: (T, *batch) bool or None.
 
     Returns:
-      W_h^T dz_1 (*batch, H), and (dhs, dzs), each (T, *batch, H). XLA removes the one not used.
+      W_h^T dz_1 + (1 - alpha) dh_1, (*batch, H), and (dhs, dzs), each (T, *batch, H). XLA removes
+      the one not used.
     """
 
     def body(dh_next: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
         dh_y, f_prime, valid, reset_t = inputs
-        dh = dh_y + dh_next  # dh_t = W_y^T dy_t + W_h^T dz_{t+1}
-        dz = where_exists(valid, f_prime * dh)  # dz_t = f'(z_t) * dh_t
-        dh_next = hold(valid, unless_reset(reset_t, dz @ W_h), dh_next)  # W_h^T dz_t
+        dh = dh_y + dh_next  # dh_t = W_y^T dy_t + W_h^T dz_{t+1} + (1 - alpha) dh_{t+1}
+        dz = where_exists(valid, f_prime * dh)  # dz_t = alpha f'(z_t) * dh_t
+        dh_before = dz @ W_h
+        if leak is not None:
+            dh_before = dh_before + (1 - leak) * dh
+        dh_next = hold(valid, unless_reset(reset_t, dh_before), dh_next)
         return dh_next, (dh, dz)
 
     inputs = dhs_y, f_primes, mask, reset
     return lax.scan(body, dh_next, inputs, reverse=True, unroll=scan_unroll())
 
 
-def derivatives(activation: Activation, hs: Array, zs: Callable[[], Array]) -> Array:
-    """f'(z_t) for each step, from h_t; by autodiff from z_t where it does not follow from h_t."""
-    if activation.df is not None:
+def derivatives(
+    activation: Activation, leak: Array | None, hs: Array, zs: Callable[[], Array]
+) -> Array:
+    """dh_t / dz_t = alpha f'(z_t) for each step.
+
+    Without a leak f' follows from h_t, if the activation has a df. Else it is computed from z_t:
+    h_t then holds f(z_t) only up to a rounding error multiplied by 1 / alpha.
+    """
+    if leak is None and activation.df is not None:
         return activation.df(hs)
     z = zs()
-    return jnp.asarray(jax.jvp(activation.f, (z,), (jnp.ones_like(z),))[1])
+    if activation.df is not None:
+        f_primes = activation.df(activation.f(z))
+    else:
+        f_primes = jnp.asarray(jax.jvp(activation.f, (z,), (jnp.ones_like(z),))[1])
+    return f_primes if leak is None else leak * f_primes
 
 
 hoisted_recur = jax.custom_jvp(recur, nondiff_argnums=(0,))
 """`recur` with a derivative rule that takes the weight gradient out of the loop over time."""
 
 
-@hoisted_recur.defjvp
-def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """h_dot_t = f'(z_t) * (z_dot_t + W_h_dot h_{t-1} + W_h h_dot_{t-1}).
+def _instantiate(tangent: Any, primal: Array) -> Array:
+    """The tangent as an array, zeros if nothing depends on it."""
+    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
 
+
+def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """h_dot_t = (1 - alpha) h_dot_{t-1} + alpha f'(z_t) * (z_dot_t + W_h h_dot_{t-1})
+
+    with z_dot_t of x_t, b_h and W_h_dot h_{t-1}, and alpha_dot (f(z_t) - h_{t-1}) added to h_dot_t.
     W_h_dot h_{t-1} is one product for all steps, outside the loop. Its transpose is the one
     contraction over all steps that gives dL/dW_h; autodiff of the scan itself adds an outer product
     to an (H, H) carry at each step. The rule is ordinary JAX, so forward mode, vmap and higher
     derivatives follow from it.
     """
-    W_h, zs_x, h_0, mask, reset = primals
-    W_h_dot, zs_dot, h_0_dot, _, _ = tangents
-    hs = hoisted_recur(activation, W_h, zs_x, h_0, mask, reset)
+    W_h, zs_x, h_0, leak, mask, reset = primals
+    W_h_dot, zs_x_dot, h_0_dot = map(_instantiate, tangents[:3], primals[:3])
+    hs = hoisted_recur(activation, *primals)
     hs_before = previous(hs, h_0, mask, reset)
-    zs_dot = zs_dot + hs_before @ W_h_dot.T
-    f_primes = derivatives(activation, hs, lambda: zs_x + hs_before @ W_h.T)
+    zs_dot = zs_x_dot + hs_before @ W_h_dot.T
+    f_primes = derivatives(activation, leak, hs, lambda: zs_x + hs_before @ W_h.T)
+    f_primes = where_exists(mask, f_primes)
+    leaks_dot = None
+    if leak is not None and not isinstance(tangents[3], SymbolicZero):
+        leaks_dot = tangents[3] * (activation.f(zs_x + hs_before @ W_h.T) - hs_before)
 
     def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
-        z_dot, f_prime, valid, reset_t = inputs
-        z_dot = z_dot + unless_reset(reset_t, h_dot) @ W_h.T
-        h_dot = hold(valid, f_prime * z_dot, h_dot)
+        z_dot, f_prime, leak_dot, valid, reset_t = inputs
+        h_dot_before = unless_reset(reset_t, h_dot)
+        h_dot_new = f_prime * (z_dot + h_dot_before @ W_h.T)
+        if leak is not None:
+            h_dot_new = h_dot_new + (1 - leak) * h_dot_before
+        if leak_dot is not None:
+            h_dot_new = h_dot_new + leak_dot
+        h_dot = hold(valid, h_dot_new, h_dot)
         return h_dot, h_dot
 
-    inputs = zs_dot, f_primes, mask, reset
+    inputs = zs_dot, f_primes, leaks_dot, mask, reset
     return hs, lax.scan(body, h_0_dot, inputs, unroll=scan_unroll())[1]
+
+
+hoisted_recur.defjvp(_hoisted_recur_jvp, symbolic_zeros=True)
 
 
 def scan_blocks(

@@ -27,8 +27,8 @@ def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
     Raises:
       TypeError: a mask or reset is not bool, or targets or weights are not numbers.
       ValueError: shapes do not fit; tokens lie outside [0, I) or integer labels outside [0, O);
-        parameters, states, inputs, targets or weights are not finite; a weight is negative; a
-        64-bit value does not fit 32 bits. The message names the first such place.
+        parameters, states, inputs, targets, weights or drive are not finite; a weight is negative;
+        a 64-bit value does not fit 32 bits. The message names the first such place.
 
     Warns:
       UserWarning: JAX rounds float64 values to float32.
@@ -51,7 +51,7 @@ def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
 
     shape = steps_shape(batch.xs)
     mask = np.ones(shape, bool) if batch.mask is None else np.asarray(batch.mask)
-    for name in ("xs", "targets", "weights"):
+    for name in ("xs", "targets", "weights", "drive"):
         if getattr(batch, name) is None:
             continue
         values = np.asarray(getattr(batch, name))

@@ -16,7 +16,9 @@ from jax import lax
 import jaxrnn
 from jaxrnn import Batch, Params
 
-ACTIVATIONS = {name: getattr(jaxrnn, name) for name in ("tanh", "relu", "sigmoid", "identity")}
+ACTIVATIONS = {
+    name: getattr(jaxrnn, name) for name in ("tanh", "relu", "sigmoid", "identity", "softplus")
+}
 LOSSES = {
     name: getattr(jaxrnn, name)
     for name in ("cross_entropy", "squared_error", "binary_cross_entropy")
@@ -28,18 +30,20 @@ def append_axes(flags, like):
     return flags.reshape(flags.shape + (1,) * (like.ndim - flags.ndim))
 
 
-def plain_unroll(params, xs, h_0, mask, reset, activation):
+def plain_unroll(params, xs, h_0, mask, reset, activation, leak=None, drive=None):
     """A scan over `step`, which specifies the package's loops; mask and reset are arrays."""
     xs = jnp.where(append_axes(mask, xs), xs, jnp.zeros_like(xs))
+    if drive is not None:
+        drive = jnp.where(append_axes(mask, drive), drive, jnp.zeros_like(drive))
 
     def body(h, inputs):
-        x, valid, reset_t = inputs
+        x, drive_t, valid, reset_t = inputs
         h_prev = jnp.where(reset_t[..., None], jnp.zeros_like(h), h)
-        h_new, y = jaxrnn.step(params, h_prev, x, activation=activation)
+        h_new, y = jaxrnn.step(params, h_prev, x, activation=activation, leak=leak, drive=drive_t)
         h = jnp.where(valid[..., None], h_new, h)
         return h, jnp.where(valid[..., None], y, jnp.zeros_like(y))
 
-    return lax.scan(body, h_0, (xs, mask, reset))
+    return lax.scan(body, h_0, (xs, drive, mask, reset))
 
 
 def with_defaults(params, batch, h_0):
@@ -50,12 +54,16 @@ def with_defaults(params, batch, h_0):
     mask = jnp.ones(shape, bool) if batch.mask is None else batch.mask
     reset = jnp.zeros(shape, bool) if batch.reset is None else batch.reset
     weights = jnp.ones(shape, dtype) if batch.weights is None else batch.weights
-    return Batch(batch.xs, batch.targets, mask, reset, weights), h_0
+    return batch._replace(mask=mask, reset=reset, weights=weights), h_0
 
 
-def plain_loss(params, batch, h_0=None, *, activation=jaxrnn.tanh, loss=jaxrnn.cross_entropy):
+def plain_loss(
+    params, batch, h_0=None, *, activation=jaxrnn.tanh, leak=None, loss=jaxrnn.cross_entropy
+):
     batch, h_0 = with_defaults(params, batch, h_0)
-    h_T, ys = plain_unroll(params, batch.xs, h_0, batch.mask, batch.reset, activation)
+    h_T, ys = plain_unroll(
+        params, batch.xs, h_0, batch.mask, batch.reset, activation, leak, batch.drive
+    )
     targets = batch.targets
     targets = jnp.where(append_axes(batch.mask, targets), targets, jnp.zeros_like(targets))
     weights = batch.weights * batch.mask.astype(batch.weights.dtype)
@@ -118,10 +126,12 @@ class Case(NamedTuple):
     activation: str
     loss: str
     checkpoint_every: int | None
+    leak: Any = None
 
     @property
     def keywords(self):
-        return {"activation": ACTIVATIONS[self.activation], "loss": LOSSES[self.loss]}
+        keywords = {"activation": ACTIVATIONS[self.activation], "loss": LOSSES[self.loss]}
+        return keywords if self.leak is None else keywords | {"leak": self.leak}
 
     @property
     def arguments(self):
@@ -134,7 +144,8 @@ def random_case(
     """A case with random sizes, activation, loss, batch axes, kind of inputs and options.
 
     The seed `structure` determines what a compiled function depends on, the seed `values` the
-    values of the arrays. `fixed` replaces random choices by name.
+    values of the arrays. `fixed` replaces random choices by name. There is a leak, one for all
+    units or one for each, or a drive only if `fixed` has them.
     """
     rng = np.random.default_rng(structure)
 
@@ -145,7 +156,7 @@ def random_case(
     T = choose("T", [1, 2, *np.exp(rng.uniform(0, np.log(largest_T), 6)).astype(int), largest_T])
     batch_shape = choose("batch_shape", [(), (1,), (3,), (2, 2)])
     I, H, O = (int(n) for n in rng.integers(1, largest_size + 1, 3))
-    activation = choose("activation", list(ACTIVATIONS))
+    activation = choose("activation", ["tanh", "relu", "sigmoid", "identity"])
     loss = choose("loss", list(LOSSES))
     if loss == "cross_entropy":
         O += 1  # with one class the gradient is zero, and there is nothing to compare
@@ -186,7 +197,9 @@ def random_case(
         mask if present["mask"] else None,
         reset if present["reset"] else None,
         weights if present["weights"] else None,
+        normal(*shape, H, scale=0.5) if fixed.get("drive") else None,
     )
+    leak = rng.uniform(0.05, 1, H if structure % 2 else ()).astype(dtype)
     return Case(
         params=jax.tree.map(jnp.asarray, params),
         batch=jax.tree.map(jnp.asarray, batch),
@@ -194,6 +207,7 @@ def random_case(
         activation=activation,
         loss=loss,
         checkpoint_every=checkpoint_every,
+        leak=jnp.asarray(leak) if fixed.get("leak") else None,
     )
 
 
@@ -213,6 +227,7 @@ NUMPY_ACTIVATIONS = {
     "relu": lambda z: np.where(z.real > 0, z, 0),
     "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
     "identity": lambda z: z,
+    "softplus": lambda z: np.log(1 + np.exp(z)),
 }
 
 
@@ -230,7 +245,9 @@ def oracle_loss(params, case: Case):
     """The mean loss, one sequence and one step at a time; the parameters may be complex."""
     W_x, W_h, W_y, b_h, b_y = params
     batch, h_0 = with_defaults(case.params, case.batch, case.h_0)
-    xs, targets, mask, reset, weights = (np.asarray(leaf) for leaf in batch)
+    xs, targets, mask, reset, weights = (np.asarray(leaf) for leaf in batch[:5])
+    drive = np.zeros((*mask.shape, len(b_h))) if batch.drive is None else np.asarray(batch.drive)
+    leak = 1 if case.leak is None else np.asarray(case.leak)
     total, count = 0.0, 0.0
     for b in np.ndindex(mask.shape[1:]):
         h = np.asarray(h_0)[b].astype(complex)
@@ -241,7 +258,8 @@ def oracle_loss(params, case: Case):
             if reset[index]:
                 h = np.zeros_like(h)
             x = np.eye(W_x.shape[1])[xs[index]] if xs.dtype == np.int32 else xs[index]
-            h = NUMPY_ACTIVATIONS[case.activation](W_x @ x + W_h @ h + b_h)
+            z = W_x @ x + W_h @ h + b_h + drive[index]
+            h = (1 - leak) * h + leak * NUMPY_ACTIVATIONS[case.activation](z)
             total += weights[index] * oracle_step_loss(case.loss, W_y @ h + b_y, targets[index])
             count += weights[index]
     return total / count if count else total

@@ -19,8 +19,8 @@ CAUGHT = 1e-3
 BACKWARD = {
     "f' forgotten": ("f_prime * dh)", "dh)"),
     "f' forgotten in what flows back, as textbooks print it": ("dz @ W_h", "dh @ W_h"),
-    "f' of another quantity": ("derivatives(activation, hs, partial",
-                                "derivatives(activation, dhs_y, partial"),
+    "f' of another quantity": ("derivatives(activation, leak, hs, partial",
+                                "derivatives(activation, leak, dhs_y, partial"),
     "W_h transposed": ("dz @ W_h", "dz @ W_h.T"),
     "W_y transposed": ("dhs_y = dys @ params.W_y", "dhs_y = dys @ params.W_y.T"),
     "dW_h transposed": ("outer_sum(dzs, hs_before, dtype)",
@@ -31,10 +31,11 @@ BACKWARD = {
     "no output error": ("dh = dh_y + dh_next", "dh = dh_next"),
     "mask ignored in dz": ("where_exists(valid, f_prime * dh)", "f_prime * dh"),
     "gradient not held over a masked step": (
-        "hold(valid, unless_reset(reset_t, dz @ W_h), dh_next)", "unless_reset(reset_t, dz @ W_h)"
+        "hold(valid, unless_reset(reset_t, dh_before), dh_next)", "unless_reset(reset_t, dh_before)"
     ),
-    "mask a step late": ("f_primes, block.mask,", "f_primes, jnp.roll(block.mask, 1, 0),"),
-    "reset ignored": ("unless_reset(reset_t, dz @ W_h)", "dz @ W_h"),
+    "mask a step late": ("f_primes, leak, block.mask,",
+                         "f_primes, leak, jnp.roll(block.mask, 1, 0),"),
+    "reset ignored": ("unless_reset(reset_t, dh_before)", "dh_before"),
     "reset a step late": ("dh_y + dh_next", "dh_y + unless_reset(reset_t, dh_next)"),
     "reset ignored in h_{t-1}": ("hs_before = previous(hs, h_0, block.mask, block.reset)",
                                  "hs_before = previous(hs, h_0, block.mask, None)"),
@@ -61,16 +62,16 @@ BACKWARD = {
     "last block left out": ("jnp.arange(-(-T // K))", "jnp.arange(T // K)"),
     "last block a step late": ("arange(K) >= start", "arange(K) > start"),
     "every block from the first state": ("h, hs = saved\n", "h, hs = saved\n        h = h_0\n"),
-    "recomputed from a zero state": ("block, h, activation) if hs is None",
-                                     "block, h_0, activation) if hs is None"),
+    "recomputed from a zero state": ("block, h, activation, leak) if hs is None",
+                                     "block, h_0, activation, leak) if hs is None"),
 }  # fmt: skip
 
 FORWARD = {
-    "W_h transposed": ("unless_reset(reset_t, h) @ W_h.T  #", "unless_reset(reset_t, h) @ W_h  #"),
-    "no recurrence": ("z_x + unless_reset(reset_t, h) @ W_h.T  #", "z_x  #"),
-    "f forgotten": ("hold(valid, activation.f(z), h)", "hold(valid, z, h)"),
-    "mask ignored": ("hold(valid, activation.f(z), h)", "activation.f(z)"),
-    "reset ignored": ("z_x + unless_reset(reset_t, h) @", "z_x + h @"),
+    "W_h transposed": ("h_before @ W_h.T  #", "h_before @ W_h  #"),
+    "no recurrence": ("z_x + h_before @ W_h.T  #", "z_x  #"),
+    "f forgotten": ("leaky(leak, h_before, activation.f(z))", "leaky(leak, h_before, z)"),
+    "mask ignored": ("h = hold(valid, h_new, h)", "h = h_new"),
+    "reset ignored": ("h_before = unless_reset(reset_t, h)\n", "h_before = h\n"),
     "reset after the step": (
         "        return h, h\n",
         "        return unless_reset(reset_t, h), h\n",
@@ -80,20 +81,54 @@ FORWARD = {
 }  # fmt: skip
 
 TANGENT = {
-    "f' forgotten": ("f_prime * z_dot", "z_dot"),
-    "f' of the step before": ("derivatives(activation, hs, lambda",
-                              "derivatives(activation, hs_before, lambda"),
-    "W_h transposed": ("unless_reset(reset_t, h_dot) @ W_h.T",
-                       "unless_reset(reset_t, h_dot) @ W_h"),
-    "no recurrence": ("z_dot + unless_reset(reset_t, h_dot) @ W_h.T", "z_dot"),
-    "reset ignored": ("z_dot + unless_reset(reset_t, h_dot) @", "z_dot + h_dot @"),
-    "mask ignored": ("hold(valid, f_prime * z_dot, h_dot)", "f_prime * z_dot"),
-    "h_t for h_{t-1}": ("zs_dot + hs_before @ W_h_dot.T", "zs_dot + hs @ W_h_dot.T"),
+    "f' forgotten": ("f_prime * (z_dot", "(z_dot"),
+    "f' of the step before": ("derivatives(activation, leak, hs, lambda",
+                              "derivatives(activation, leak, hs_before, lambda"),
+    "W_h transposed": ("h_dot_before @ W_h.T", "h_dot_before @ W_h"),
+    "no recurrence": ("(z_dot + h_dot_before @ W_h.T)", "z_dot"),
+    "reset ignored": ("h_dot_before = unless_reset(reset_t, h_dot)", "h_dot_before = h_dot"),
+    "mask ignored": ("h_dot = hold(valid, h_dot_new, h_dot)", "h_dot = h_dot_new"),
+    "h_t for h_{t-1}": ("zs_x_dot + hs_before @ W_h_dot.T", "zs_x_dot + hs @ W_h_dot.T"),
     "reset ignored in h_{t-1}": ("hs_before = previous(hs, h_0, mask, reset)",
                                  "hs_before = previous(hs, h_0, mask, None)"),
     "h_0 left out of W_h_dot h_{t-1}": ("hs_before = previous(hs, h_0, mask, reset)",
                                         "hs_before = previous(hs, 0 * h_0, mask, reset)"),
     "h_0_dot forgotten": ("body, h_0_dot, inputs", "body, 0 * h_0_dot, inputs"),
+}  # fmt: skip
+
+LEAK = {
+    "alpha forgotten in dz": ("f_primes if leak is None else leak * f_primes", "f_primes"),
+    "1 - alpha forgotten in dh": ("dh_before + (1 - leak) * dh\n", "dh_before + dh\n"),
+    "dh not passed on": ("dh_before + (1 - leak) * dh\n", "dh_before\n"),
+    "dz passed on for dh": ("dh_before + (1 - leak) * dh\n", "dh_before + (1 - leak) * dz\n"),
+    "dh passes a reset": (
+        "unless_reset(reset_t, dh_before)",
+        "(unless_reset(reset_t, dh_before) + jnp.where(per_step(reset_t, dh), (1 - leak) * dh, 0))",
+    ),
+    "f' read off h": ("if leak is None and activation.df", "if activation.df"),
+    "f' of z instead of f(z)": ("activation.df(activation.f(z))", "activation.df(z)"),
+    "drive left out of z": ("params, block.xs, block.drive, block.mask)\n    return zs_x",
+                            "params, block.xs, None, block.mask)\n    return zs_x"),
+    "drive left out": ("zs_x if drive is None else", "zs_x if True else"),
+    "z without the reset": ("return zs_x + previous(hs, h_0, block.mask, block.reset)",
+                            "return zs_x + previous(hs, h_0, block.mask, None)"),
+    "alpha and 1 - alpha exchanged": ("(1 - leak) * h + leak * f_z", "leak * h + (1 - leak) * f_z"),
+    "leak from the state before a reset": ("leaky(leak, h_before,", "leaky(leak, h,"),
+}  # fmt: skip
+
+LEAK_TANGENT = {
+    "1 - alpha forgotten": ("h_dot_new + (1 - leak) * h_dot_before", "h_dot_new + h_dot_before"),
+    "drive read where masked": ("where_exists(mask, drive.astype(zs_x.dtype))",
+                                "drive.astype(zs_x.dtype)"),
+    "no leak": ("h_dot_new + (1 - leak) * h_dot_before", "h_dot_new"),
+    "leak from the state before a reset": ("(1 - leak) * h_dot_before", "(1 - leak) * h_dot"),
+    "alpha forgotten in f'": ("f_primes if leak is None else leak * f_primes", "f_primes"),
+    "no derivative by alpha": ("h_dot_new + leak_dot", "h_dot_new"),
+    "h_{t-1} forgotten in the derivative by alpha": (
+        "(activation.f(zs_x + hs_before @ W_h.T) - hs_before)",
+        "activation.f(zs_x + hs_before @ W_h.T)",
+    ),
+    "f' read off h": ("if leak is None and activation.df", "if activation.df"),
 }  # fmt: skip
 
 UPDATE = {
@@ -133,6 +168,37 @@ def cases():
             (case, jax.jit(partial(by_autodiff, **case.keywords))(*case.arguments))
             for case in drawn
         ]
+
+
+@pytest.fixture(scope="module")
+def leaky_cases():
+    """The same with a leak for each unit, and a drive that is NaN where the mask is False."""
+    fixed = {"sizes": (4, 4, 4), "batch_shape": (3,), "activation": "tanh", "T": 71}
+    fixed |= {"mask": True, "reset": True, "weights": True, "h_0": True, "tokens": False}
+    with jax.enable_x64(True):
+        case = random_case(
+            1, **fixed, loss="cross_entropy", labels=True, checkpoint_every=None, leak=True,
+            drive=True,
+        )  # fmt: skip
+        drive = jnp.where(case.batch.mask[..., None], case.batch.drive, jnp.nan)
+        case = case._replace(batch=case.batch._replace(drive=drive))
+        by_autodiff = jax.value_and_grad(plain_loss, argnums=(0, 2), has_aux=True)
+        return [(case, jax.jit(partial(by_autodiff, **case.keywords))(*case.arguments))]
+
+
+def leak_gradient_agrees(module, cases) -> bool:
+    """The gradients of `sequence_loss` by the leak and the parameters."""
+
+    def gradients(loss_fn, case):
+        def value(leak, params):
+            keywords = case.keywords | {"leak": leak}
+            return loss_fn(params, case.batch, case.h_0, **keywords)[0]
+
+        return jax.jit(jax.grad(value, (0, 1)))(case.leak, case.params)
+
+    ((case, _),) = cases
+    errors = relative_errors(gradients(module.sequence_loss, case), gradients(plain_loss, case))
+    return max(errors) <= AGREEMENT
 
 
 def bptt_agrees(module, cases, tolerance) -> bool:
@@ -213,15 +279,32 @@ def test_a_fault_in_the_derivative_rule_is_caught(fault, cases):
     assert not sequence_loss_agrees(faulty, cases, CAUGHT), "this fault would have passed"
 
 
+@pytest.mark.usefixtures("x64")
+@names(LEAK)
+def test_a_fault_in_the_leak_is_caught(fault, leaky_cases):
+    faulty = with_fault([recurrence, backward], *LEAK[fault])
+    faulty.block_steps = lambda *_: 32
+    assert not bptt_agrees(faulty, leaky_cases, CAUGHT), "this fault would have passed"
+
+
+@pytest.mark.usefixtures("x64")
+@names(LEAK_TANGENT)
+def test_a_fault_in_the_derivative_rule_of_the_leak_is_caught(fault, leaky_cases):
+    faulty = with_fault([recurrence, forward], *LEAK_TANGENT[fault])
+    assert not leak_gradient_agrees(faulty, leaky_cases), "this fault would have passed"
+
+
 @names(UPDATE)
 def test_a_fault_in_the_update_is_caught(fault):
     assert not update_agrees(with_fault([update], *UPDATE[fault])), "this fault would have passed"
 
 
 @pytest.mark.usefixtures("x64")
-def test_without_a_fault_the_same_comparisons_pass(cases, monkeypatch):
+def test_without_a_fault_the_same_comparisons_pass(cases, leaky_cases, monkeypatch):
     monkeypatch.setattr(backward, "block_steps", lambda _, batch: min(32, len(batch.xs)))
     assert bptt_agrees(jaxrnn, cases, AGREEMENT)
     assert sequence_loss_agrees(jaxrnn, cases, AGREEMENT)
+    assert bptt_agrees(jaxrnn, leaky_cases, AGREEMENT)
+    assert leak_gradient_agrees(jaxrnn, leaky_cases)
     with jax.enable_x64(False):
         assert update_agrees(jaxrnn)
