@@ -49,7 +49,12 @@ def outer_sum(d: Array, x: Array, dtype: DTypeLike) -> Array:
 def input_outer_sum(d: Array, xs: Array, input_size: int, dtype: DTypeLike) -> Array:
     """sum_t d_t x_t^T. For a token x, d_t is added to the column of that token."""
     if checks.is_integer(xs):
-        return jnp.zeros((input_size, d.shape[-1]), dtype).at[xs].add(d.astype(dtype)).T
+        return (
+            jnp.zeros((input_size, d.shape[-1]), dtype)
+            .at[xs.astype(jnp.int32)]
+            .add(d.astype(dtype))
+            .T
+        )
     return outer_sum(d, xs.astype(d.dtype), dtype)
 
 
@@ -116,7 +121,7 @@ def block_flow(
 def block_gradient(
     params: Params, block: Batch, h_0: Array, hs: Array, dys: Array, dzs: Array
 ) -> Params:
-    """The second half: the contractions over the steps of a block, not divided by their number."""
+    """The second half: the sums over the steps of a block, not divided by their count."""
     dtype = at_least_float32(params.W_h.dtype)
     xs, hs_y = (where_exists(block.mask, leaf) for leaf in (block.xs, hs))
     hs_before = previous(hs, h_0, block.mask, block.reset)
@@ -139,7 +144,7 @@ def bptt(
     loss: Loss = cross_entropy,
     checkpoint_every: int | None = None,
 ) -> tuple[tuple[Array, Array], Params]:
-    """The loss, the last state, and the gradient of the loss by the parameters.
+    """The loss, the last state, and the gradient of the loss with respect to the parameters.
 
     A drop-in for `jax.value_and_grad(sequence_loss, has_aux=True)`: the same arguments, the same
     results, to rounding.

@@ -88,7 +88,7 @@ def check_input(name: str, params: Params | None, x: Any, leading: str) -> None:
             f"{name}: expected a floating-point dtype, or integer tokens, got {x.dtype}"
         )
     if x.ndim < 1 or (params is not None and x.shape[-1] != I):
-        raise ValueError(f"{name}: expected shape ({leading}, {I}) to fit W_x, got {x.shape}")
+        raise ValueError(f"{name}: expected shape ({leading}, {I}), got {x.shape}")
 
 
 def check_state(name: str, params: Params, h: Any, batch_shape: tuple[int, ...]) -> None:

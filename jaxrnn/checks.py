@@ -42,7 +42,7 @@ def check_float_tree(name: str, tree: Any) -> None:
     leaves = jax.tree.leaves_with_path(tree)
     if not leaves:
         raise TypeError(
-            f"{name}: expected a pytree of arrays, got {type(tree).__name__} without any"
+            f"{name}: expected a pytree with at least one array, got an empty {type(tree).__name__}"
         )
     for path, leaf in leaves:
         check_float_array(name + jax.tree_util.keystr(path), leaf)
@@ -54,12 +54,12 @@ def check_shape(name: str, x: Any, shape: Sequence[int], meaning: str) -> None:
         raise ValueError(f"{name}: expected shape {tuple(shape)} ({meaning}), got {x.shape}")
 
 
-def check_size(name: str, size: Any) -> None:
-    """Raises TypeError or ValueError unless size is an integer of at least 1."""
+def check_size(name: str, size: Any, minimum: int = 1) -> None:
+    """Raises TypeError or ValueError unless size is an integer of at least `minimum`."""
     if isinstance(size, bool) or not isinstance(size, int | np.integer):
         raise TypeError(f"{name}: expected an integer, got {size!r}")
-    if size < 1:
-        raise ValueError(f"{name}: expected at least 1, got {size}")
+    if size < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {size}")
 
 
 def check_key(name: str, key: Any) -> None:

@@ -19,7 +19,7 @@ from jaxrnn.recurrence import initial_state, match_varying_axes
 
 
 class Flow(NamedTuple):
-    """The derivative of the loss by the state and the pre-activation of each step.
+    """dL/dh_t and dL/dz_t of each step.
 
     Attributes:
       dhs: dL/dh_t, (T, *batch, H), through the output of step t and through all later steps.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxrnn.batches import Batch, step_weights, steps_shape
+from jaxrnn.batches import Batch, divide_by_count, step_weights, steps_shape
 from jaxrnn.evaluation import value_state_count
 from jaxrnn.gradients import GradientFn, PyTree, value_dtype
 from jaxrnn.update import Diverged, Metrics, Optimizer, TrainState, make_update
@@ -71,19 +71,19 @@ def shuffled_epoch(
     N = steps_shape(train.xs)[1]
     count = -(-N // batch_size)
     order = jnp.resize(jax.random.permutation(key, N), (count, batch_size))
-    # The last minibatch is filled with examples that have had their turn, which do not count.
-    first_turn = (jnp.arange(count * batch_size) < N).reshape(count, batch_size)
+    # The last minibatch is filled with examples already used in this epoch, at weight 0.
+    is_new = (jnp.arange(count * batch_size) < N).reshape(count, batch_size)
 
     def body(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
-        examples, first_turn = inputs
+        examples, is_new = inputs
         batch = jax.tree.map(lambda leaf: leaf[:, examples], train)
         if N % batch_size:
             weights = step_weights(batch, value_dtype(state.params))
-            first_turn = first_turn.reshape(batch_size, *(1,) * (weights.ndim - 2))
-            batch = batch._replace(weights=weights * first_turn.astype(weights.dtype))
+            is_new = is_new.reshape(batch_size, *(1,) * (weights.ndim - 2))
+            batch = batch._replace(weights=weights * is_new.astype(weights.dtype))
         return update(state, batch)
 
-    return lax.scan(body, state, (order, first_turn))
+    return lax.scan(body, state, (order, is_new))
 
 
 def streamed_epoch(
@@ -113,7 +113,7 @@ def mean_loss_of_updates(metrics: Metrics) -> Array:
     applied = metrics.skipped == 0
     counted = jnp.where(applied, metrics.counted, 0).sum()
     total = jnp.where(applied, metrics.loss * metrics.counted, 0).sum()
-    return jnp.where(applied.any(), total / jnp.where(counted == 0, 1.0, counted), jnp.nan)
+    return jnp.where(applied.any(), divide_by_count(total, counted), jnp.nan)
 
 
 def epoch_runner(
@@ -124,7 +124,7 @@ def epoch_runner(
     h_0: PyTree,
     max_skipped: int,
 ) -> Callable[[TrainState, int], tuple[TrainState, Metrics]]:
-    """(state, number of the epoch) -> (state, Metrics of each update), as the kind of data asks."""
+    """(state, epoch) -> (state, Metrics of each update), for a Batch or for batches in order."""
     if not isinstance(train, Batch):
         return lambda state, _: streamed_epoch(compiled.update, state, train, h_0, max_skipped)
     data = jax.tree.map(jnp.asarray, train)
@@ -157,7 +157,7 @@ def count_skipped(metrics: Metrics, step: int) -> int:
 
 
 class CheckedOnce:
-    """Batches, each of which is checked the first time that it is read."""
+    """An iterable of batches that are checked during the first complete iteration."""
 
     def __init__(self, check: Callable[[Batch], None], batches: Iterable[Batch]):
         self.check, self.batches, self.checked = check, batches, False
@@ -171,7 +171,7 @@ class CheckedOnce:
 
 
 def check_once(check: Callable[[Batch], None], data: Any) -> Any:
-    """The same data, after the check of a Batch, or with a check of each batch as it comes."""
+    """The same data. A Batch is checked at once, an iterable while it is first iterated."""
     if isinstance(data, Batch):
         check(data)
     if data is None or isinstance(data, Batch):

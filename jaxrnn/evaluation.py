@@ -33,7 +33,7 @@ def mean_over_batches(
     batches: Batch | Iterable[Batch],
     h_0: PyTree,
 ) -> float:
-    """What `evaluate` returns, by a compiled `value_state_count`; errors name the argument."""
+    """`evaluate` with a compiled `value_state_count`. `name` is the argument in errors."""
     total = count = 0.0
     h = h_0
     for batch in [batches] if isinstance(batches, Batch) else batches:
@@ -61,8 +61,8 @@ def evaluate(
       batches: a Batch, or several.
       h_0: the state before the first batch, carried from batch to batch; None starts each batch
         from zeros.
-      loss_fn: (params, batch, h) -> (value, h_T). It is compiled once for each function, so give it
-        a name outside a loop.
+      loss_fn: (params, batch, h) -> (value, h_T). It is compiled once per function object: create a
+        partial or a lambda outside the loop that evaluates.
 
     Returns:
       The mean, a float.

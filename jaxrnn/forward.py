@@ -98,9 +98,10 @@ def hidden_states(
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,), such as dt / tau; None is 1, and h_t = f(z_t).
       drive: (T, *batch, H), added to z_t: noise, a perturbation, an embedding; None is 0.
-      mask: (T, *batch) bool, step t exists; where it is False the state is held, and xs and drive
-        are not read.
-      reset: (T, *batch) bool, h_{t-1} is replaced by zeros before step t, if step t exists.
+      mask: (T, *batch) bool, True where step t exists; elsewhere the state is held, and xs and
+        drive are not read. If None, every step exists.
+      reset: (T, *batch) bool, True where h_{t-1} is replaced by zeros before step t. Ignored where
+        the mask is False. If None, there is no reset.
 
     Returns:
       h_T (*batch, H), the state after the last step that exists, and hs (T, *batch, H), zeros where
@@ -121,7 +122,7 @@ def hidden_states(
     check_sequence(params, xs, h_0, drive, mask, reset)
     h_0 = initial_state(params, xs, h_0)
     zs_x = input_zs(params, xs, drive, mask)
-    # A custom derivative rule gives no gradient by values inside the activation; autodiff does.
+    # The custom rule has no gradient for values closed over by the activation; autodiff does.
     loop = recur if has_traced_values(activation, params.W_h.dtype) else hoisted_recur
     hs = loop(activation, params.W_h, zs_x, h_0, as_leak(params, leak), mask, reset)
     h_T = hs[-1] if hs.shape[0] else h_0
@@ -176,8 +177,9 @@ def sequence_loss(
 
         L = sum_t weights_t mask_t l(y_t, target_t) / sum_t weights_t mask_t
 
-    over steps and batch; 0 where no step counts. It is differentiable by every argument, in forward
-    and reverse mode. `bptt` returns its value and gradient faster and in less memory.
+    over steps and batch; 0 where no step counts. It is differentiable with respect to every
+    argument, in forward and reverse mode. `bptt` returns its value and gradient faster and in less
+    memory.
 
     Args:
       params: Params.

@@ -13,7 +13,7 @@ PyTree: TypeAlias = Any
 """A pytree of arrays."""
 
 GradientFn: TypeAlias = Callable[..., tuple[tuple[Array, PyTree], PyTree]]
-"""A function that returns a loss, the last state, and the gradient of the loss by the parameters:
+"""A function that returns a loss, the last state, and the gradient with respect to the parameters:
 
     gradient_fn(params, batch, h)           -> ((value, h_T), grads)
     gradient_fn(params, batch, h, key=key)  -> the same, with dropout or noise drawn from the key

@@ -1,7 +1,7 @@
 """The output function g and the loss that matches it: three matched pairs.
 
-For a matched pair, the derivative of the loss by y, the output before g, is g(y) - target. It holds
-for no other combination, so g and its loss are one triple.
+For a matched pair, dl/dy = g(y) - target, where y is the output before g. This holds for no other
+combination, so a Loss holds g, the loss and its derivative together.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxrnn import checks
-from jaxrnn.activations import check_activation
+from jaxrnn.activations import check_activation, identity, sigmoid
 from jaxrnn.batches import Batch, check_batch, mean_weights, steps_shape, where_exists
 from jaxrnn.params import at_least_float32, check_leak, check_params
 
 
 class Loss(NamedTuple):
-    """The output function g, the loss of one step, and its derivative by y.
+    """The output function g, the loss of one step, and its derivative with respect to y.
 
     Attributes:
       g: y (*batch, O) -> y_hat (*batch, O).
@@ -55,7 +55,8 @@ def _distribution(y: Array, target: Array) -> Array:
     """A distribution unchanged; integer labels as one-hot rows."""
     if checks.is_integer(target):
         checks.check_shape("targets", target, y.shape[:-1], "integer labels, one for each y")
-        return jax.nn.one_hot(target, y.shape[-1], dtype=y.dtype)
+        # one_hot counts in the dtype of the labels: 8 bits would wrap at 256.
+        return jax.nn.one_hot(target.astype(jnp.int32), y.shape[-1], dtype=y.dtype)
     checks.check_shape("targets", target, y.shape, "a distribution for each y")
     return target.astype(y.dtype)
 
@@ -82,21 +83,13 @@ def _softmax(y: Array) -> Array:
     return jax.nn.softmax(y)
 
 
-def _sigmoid(y: Array) -> Array:
-    return jax.nn.sigmoid(y)
-
-
-def _identity(y: Array) -> Array:
-    return y
-
-
 def _cross_entropy(y: Array, target: Array) -> Array:
     y = y - jax.lax.stop_gradient(y.max(axis=-1, keepdims=True))
     return jnp.log(jnp.exp(y).sum(axis=-1)) - (_distribution(y, target) * y).sum(axis=-1)
 
 
 def _cross_entropy_error(y: Array, target: Array) -> Array:
-    return jax.nn.softmax(y) - _distribution(y, target)
+    return _softmax(y) - _distribution(y, target)
 
 
 def _squared_error(y: Array, target: Array) -> Array:
@@ -113,18 +106,18 @@ def _binary_cross_entropy(y: Array, target: Array) -> Array:
 
 
 def _binary_cross_entropy_error(y: Array, target: Array) -> Array:
-    return jax.nn.sigmoid(y) - _numbers(y, target)
+    return sigmoid.f(y) - _numbers(y, target)
 
 
 cross_entropy = Loss(g=_softmax, value=_cross_entropy, error=_cross_entropy_error)
 """g = softmax, l = -sum_o target_o log y_hat_o; targets are integer labels (*batch,) or
 distributions (*batch, O)."""
 
-squared_error = Loss(g=_identity, value=_squared_error, error=_squared_error_error)
+squared_error = Loss(g=identity.f, value=_squared_error, error=_squared_error_error)
 """g = identity, l = sum_o (y_o - target_o)^2 / 2; targets (*batch, O)."""
 
 binary_cross_entropy = Loss(
-    g=_sigmoid, value=_binary_cross_entropy, error=_binary_cross_entropy_error
+    g=sigmoid.f, value=_binary_cross_entropy, error=_binary_cross_entropy_error
 )
 """g = sigmoid, l = -sum_o [target_o log y_hat_o + (1 - target_o) log(1 - y_hat_o)]; targets
 (*batch, O) in [0, 1]."""
@@ -147,13 +140,16 @@ def mean_loss(ys: Array, batch: Batch, loss: Loss = cross_entropy) -> Array:
       L, a scalar in float32 at least; 0 where no step counts.
 
     Raises:
-      TypeError, ValueError: loss is not a Loss, or the targets do not fit ys.
+      TypeError, ValueError: an argument has the wrong type, dtype or shape; the message names it.
 
     >>> ys = jnp.array([[2.0], [5.0]])
     >>> batch = Batch(xs=ys, targets=jnp.zeros((2, 1)), mask=jnp.array([True, False]))
     >>> mean_loss(ys, batch, squared_error).item()
     2.0
     """
+    checks.check_float_array("ys", ys)
+    check_batch(None, batch, None)
+    checks.check_shape("ys", ys, (*steps_shape(batch.xs), *ys.shape[-1:]), "T, *batch as in xs, O")
     dtype = at_least_float32(ys.dtype)
     check_loss(loss, ys.shape, dtype, batch.targets)
     ys, targets = (

@@ -7,7 +7,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrnn.batches import Batch, divide_by_count, step_weights, steps_shape
+from jaxrnn.batches import Batch, check_is_batch, divide_by_count, step_weights, steps_shape
 from jaxrnn.gradients import GradientFn, value_dtype
 from jaxrnn.recurrence import match_varying_axes
 
@@ -34,6 +34,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
       over the devices. A `key` is folded with the index of each device.
 
     Raises:
+      TypeError: when called, if the batch is not a Batch.
       ValueError: when called, if the first batch axis is not a multiple of the number of devices.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
@@ -65,6 +66,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
     def sharded_gradient(
         params: Any, batch: Batch, h_0: Any = None, *, key: Array | None = None
     ) -> Any:
+        check_is_batch(batch)
         sequences = steps_shape(batch.xs)[1:2]
         if not sequences or sequences[0] % mesh.shape[axis]:
             raise ValueError(

@@ -40,6 +40,7 @@ def check_params(params: Any) -> None:
         raise TypeError(f"params: expected Params, got {type(params).__name__}")
     for name, leaf in params._asdict().items():
         checks.check_float_array(f"params.{name}", leaf)
+    for name, leaf in params._asdict().items():
         rank = 2 if name.startswith("W") else 1
         if leaf.ndim != rank:
             raise ValueError(f"params.{name}: expected rank {rank}, got shape {leaf.shape}")
@@ -82,12 +83,18 @@ def as_leak(params: Params, leak: ArrayLike | None) -> Array | None:
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype, or float32 where it is shorter: sums over time accumulate in it."""
+    """The dtype of sums over time: the given one, or float32 if that has more bits."""
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def scaled_identity(scale: float = 1.0) -> Initializer:
     """W_h = scale * identity. With ReLU and scale 1, the IRNN (Le, Jaitly, Hinton 2015).
+
+    Args:
+      scale: the diagonal of W_h.
+
+    Returns:
+      (key, shape, dtype) -> W_h, for `init(..., W_h_init=)`. The key is not used.
 
     >>> scaled_identity(0.5)(None, (2, 2)).tolist()
     [[0.5, 0.0], [0.0, 0.5]]
@@ -127,7 +134,7 @@ def init(
       output_size: O.
       W_h_init: (key, (H, H), dtype) -> W_h, such as `jax.nn.initializers.orthogonal(scale=0.9)`,
         whose spectral radius is 0.9, or `scaled_identity()`.
-      dtype: dtype of the parameters, and of everything computed from them.
+      dtype: dtype of the parameters, states and outputs. Losses are float32 at least.
 
     Returns:
       Params.

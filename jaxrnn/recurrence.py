@@ -15,7 +15,7 @@ the loops. Where `mask` is False the state, or the gradient, passes the step unc
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation
-from jaxrnn.batches import Batch, per_step, steps_shape, where_exists
+from jaxrnn.batches import Batch, Tree, per_step, steps_shape, where_exists
 from jaxrnn.params import Params, at_least_float32
-
-Tree = TypeVar("Tree")
 
 
 def scan_unroll() -> int:
@@ -40,9 +38,9 @@ def scan_unroll() -> int:
 def block_steps(params: Params, batch: Batch) -> int:
     """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
 
-    On a CPU, the arrays of a block stay in the cache, yet its products have 512 rows or more, which
-    outweighs the addition of its gradient to the sums. A GPU wants larger blocks. A block copies
-    its inputs; if they are larger than all states, there is one block.
+    On a CPU, the arrays of a block fit the cache. Its products have about 512 rows, so that adding
+    the gradient of a block to the sums costs little in comparison. A GPU needs larger blocks. Each
+    block copies its inputs; if these are four times as large as all states, there is one block.
     """
     T, *batch_axes = steps_shape(batch.xs)
     if jax.default_backend() == "gpu":
@@ -55,7 +53,7 @@ def block_steps(params: Params, batch: Batch) -> int:
 
 
 def near_divisor(T: int, K: int) -> int:
-    """The divisor of T nearest to K within a factor of two; K if there is none, at most T.
+    """The divisor of T nearest to min(K, T), within a factor of two; min(K, T) if there is none.
 
     >>> near_divisor(1000, 32), near_divisor(997, 32), near_divisor(5, 10**12)
     (40, 32, 5)
@@ -86,22 +84,28 @@ def readout(params: Params, hs: Array) -> Array:
         y_t = W_y h_t + b_y
 
     Args:
-      params: Params.
+      params: Params, of which only W_y and b_y are read.
       hs: (..., H), states in the parameters' dtype.
 
     Returns:
       (..., O).
+
+    Raises:
+      TypeError, ValueError: hs is not a floating-point array of H features.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> readout(params, jnp.ones((7, 4, 5))).shape
     (7, 4, 2)
     """
+    checks.check_float_array("hs", hs)
+    checks.check_shape("hs", hs, (*hs.shape[:-1], params.W_y.shape[1]), "..., H of W_y")
     return add_bias(hs @ params.W_y.T, params.b_y)
 
 
 def select_rows(W: Array, tokens: Array) -> Array:
     """W[tokens], split over devices as the tokens are."""
+    tokens = tokens.astype(jnp.int32)  # 8 bits hold no number of rows above 127
     sharding = jax.typeof(tokens).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return W[tokens]

@@ -23,8 +23,8 @@ def mask_from_lengths(lengths: Array, T: int) -> Array:
       mask, (T, *batch) bool.
 
     Raises:
-      TypeError: lengths are not integers.
-      ValueError: a length lies outside 0..T. Under `jit` lengths are not checked.
+      TypeError: lengths or T are not integers.
+      ValueError: T is below 0, or a length lies outside 0..T. Under `jit` lengths are not checked.
 
     >>> mask_from_lengths(jnp.array([2, 0]), 3).astype(int).tolist()
     [[1, 0], [1, 0], [0, 0]]
@@ -38,8 +38,7 @@ def _check_lengths(lengths: Any, T: Any) -> None:
     checks.check_array("lengths", lengths)
     if not checks.is_integer(lengths):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
-    if isinstance(T, bool) or not isinstance(T, int | np.integer) or T < 0:
-        raise ValueError(f"T: expected an integer of at least 0, got {T!r}")
+    checks.check_size("T", T, minimum=0)
     if not isinstance(lengths, jax.core.Tracer):
         lengths = np.asarray(lengths)
         checks.check_range("lengths", lengths, True, int(T) + 1, "0..T")

@@ -116,6 +116,8 @@ def save_fit(folder: str | os.PathLike[str], result: Fit, *, keep: int = 2) -> N
     Raises:
       CheckpointError: the folder holds this epoch or a later one, of a run that was not resumed; or
         the file cannot be written.
+      OSError: the folder cannot be created.
+      ValueError: a path in the pytree has a space, / or \\, or is longer than 200 characters.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     epoch = len(result.history)
@@ -153,7 +155,7 @@ def load_fit(
         read.
 
     Returns:
-      Fit, or None if the folder holds no checkpoint.
+      Fit, or None if the folder holds no checkpoint. `converged` is False until `fit` resumes it.
 
     Raises:
       CheckpointError: every checkpoint is damaged, or the newest has other shapes or dtypes.
@@ -174,8 +176,11 @@ def load_fit(
     if found is None:
         return None
     arrays = dict(found.arrays)
+    if "history" not in arrays:
+        raise CheckpointError(f"{folder}: expected a checkpoint of save_fit, got {sorted(arrays)}")
     rows = arrays.pop("history")
-    like = init_state(params, optimizer, h_0, key=gradient_key), params
+    initial = init_state(params, optimizer, h_0, key=gradient_key)
+    like = initial, initial.params
     state, best = from_arrays(like, arrays)
     history = tuple(
         Evaluation(int(epoch), train_loss, valid_loss, int(skipped))

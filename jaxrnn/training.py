@@ -33,8 +33,8 @@ class Evaluation(NamedTuple):
     Attributes:
       epoch: the number of the epoch, from 1.
       train_loss: the mean loss of its minibatches, each before its update.
-      valid_loss: the mean loss after the epoch on the held-out data, or what takes its place.
-      skipped: the number of updates skipped because loss or gradient were not finite.
+      valid_loss: the mean loss on the held-out data after the epoch; without any, see fit.
+      skipped: the number of updates skipped, see make_update.
     """
 
     epoch: int
@@ -50,7 +50,7 @@ class Fit(NamedTuple):
       state: TrainState after the last update.
       best: the parameters with the lowest `valid_loss`.
       history: an Evaluation for each epoch.
-      converged: True if the loss stopped improving, False if the epochs ran out first.
+      converged: True if patience ended training; False if training ended for another reason.
     """
 
     state: TrainState
@@ -94,10 +94,11 @@ def fit(
         deterministic, and evaluates the held-out data.
       gradient_key: a key for a random gradient function, for dropout or noise; update n draws from
         `jax.random.fold_in(gradient_key, n)`.
-      batch_size: examples in a minibatch; all of them if None. With a Batch only.
+      batch_size: examples in a minibatch; all of them if None. With a Batch only. The last
+        minibatch is filled with examples of weight 0, so `gradient_fn` must apply `batch.weights`.
       h_0: the state at the start of an epoch, carried from batch to batch; None starts each batch
         from zeros. With batches only; those of `valid` then have the same batch axes.
-      max_epochs: the number of epochs at most.
+      max_epochs: the largest number of epochs.
       patience: epochs without improvement after which training ends.
       tolerance: how much lower than the lowest loss a loss must be to count as an improvement.
       max_skipped: consecutive skipped updates after which training fails; see `make_update`.
@@ -109,8 +110,8 @@ def fit(
       Fit.
 
     Raises:
-      TypeError, ValueError: an argument does not fit, or `check_values` rejects a batch; each batch
-        is checked once.
+      TypeError, ValueError: an argument does not fit, or `check_values` rejects a batch. Batches
+        are checked during the first epoch.
       Diverged: max_skipped consecutive updates were skipped.
 
     >>> import optax, jaxrnn
@@ -122,17 +123,19 @@ def fit(
     >>> result.history[-1].train_loss < result.history[0].train_loss
     True
     """
-    # The body has over 40 lines with the signature: each argument has its own.
+    # Longer than 40 lines because the signature takes one line for each argument.
     checks.check_key("key", key)
     _check_settings(max_epochs, patience, tolerance, max_skipped)
     _check_data(train, valid, batch_size, h_0, max_epochs)
-    initial = Fit(init_state(params, optimizer, h_0, key=gradient_key), params, (), False)
+    state = init_state(params, optimizer, h_0, key=gradient_key)
+    initial = Fit(state, state.params, (), False)
     result = initial if resume is None else _check_resume(resume, initial, patience, tolerance)
     compiled = compile_functions(gradient_fn, optimizer)
     check = partial(check_values, params, h_0=h_0)
     # Another iterable may give other batches the next time, so it is iterated once per epoch.
-    held_out = train if valid is None and isinstance(train, Sequence) else valid
-    train, held_out = check_once(check, train), check_once(check, held_out)
+    evaluates_train = valid is None and isinstance(train, Sequence)
+    train = check_once(check, train)
+    held_out = train if evaluates_train else check_once(check, valid)
     run_epoch = epoch_runner(compiled, key, train, batch_size, h_0, max_skipped)
 
     norms: list[float] = []
@@ -203,6 +206,7 @@ def _check_data(train: Any, valid: Any, batch_size: Any, h_0: Any, max_epochs: i
         return
     if h_0 is not None:
         raise ValueError("h_0: expected None, as the examples of a Batch are shuffled, got a state")
+    checks.check_array("train.xs", train.xs)
     if len(steps_shape(train.xs)) < 2 or 0 in steps_shape(train.xs)[1:]:
         raise ValueError(f"train: expected xs (T, examples, ...), got shape {train.xs.shape}")
     if batch_size is not None:

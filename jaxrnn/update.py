@@ -89,8 +89,8 @@ class Diverged(ArithmeticError):
     def __str__(self) -> str:
         norms = ", ".join(f"{norm:.3g}" for norm in self.gradient_norms)
         return (
-            f"step {self.step}: expected finite loss, gradient and new parameters, got "
-            f"{self.skipped} consecutive updates without; last gradient norms: {norms}. Try a "
+            f"step {self.step}: expected finite loss, gradient, parameters and state, got "
+            f"{self.skipped} consecutive skipped updates; last gradient norms: {norms}. Try a "
             "smaller learning rate, optax.clip_by_global_norm, or check_values on the data"
         )
 
@@ -112,7 +112,8 @@ def init_state(
       TrainState.
 
     Raises:
-      TypeError: a leaf is not a floating-point array, or the optimizer or the key is not one.
+      TypeError: a leaf is not a floating-point array, optimizer is not an Optimizer, or key not a
+        key.
 
     >>> from functools import partial
     >>> import jax, jaxrnn
@@ -131,7 +132,7 @@ def init_state(
     return copy
 
 
-_CALL_FIRST = ". An optax optimiser is called first: optax.adam(1e-3)"
+_CALL_FIRST = ". Call the optax function first: optax.adam(1e-3)"
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -162,11 +163,14 @@ def _apply(
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state
     new = optimizer(params, grads)
-    expected, got = (jax.tree.map(jnp.shape, tree) for tree in (params, new))
-    if expected != got:
+    # The structure first: a leaf of another kind of result may have no shape.
+    if jax.tree.structure(new) != jax.tree.structure(params) or any(
+        (jnp.shape(old), jnp.result_type(old)) != (jnp.shape(leaf), jnp.result_type(leaf))
+        for old, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True)
+    ):
         raise TypeError(
-            "optimizer: expected a rule that returns new parameters of the same shapes, got "
-            f"{new!r} from {optimizer!r}{_CALL_FIRST}"
+            "optimizer: expected a rule that returns new parameters of the same shapes and dtypes, "
+            f"got {new!r} from {optimizer!r}{_CALL_FIRST}"
         )
     return new, opt_state
 
@@ -178,7 +182,7 @@ def _all_finite(tree: PyTree) -> Array:
 def _value_fn(
     gradient_fn: Callable[[PyTree], tuple[tuple[Array, PyTree], PyTree]],
 ) -> Callable[[PyTree], Array]:
-    """params -> value, whose gradient is the gradient function's: what a line search evaluates."""
+    """The loss as a function of params, with gradient_fn as its derivative, for line searches."""
 
     @jax.custom_vjp
     def value(params: PyTree) -> Array:
@@ -222,7 +226,7 @@ def make_update(
       Inside `jit`, `vmap` or `scan` nothing is donated.
 
     Raises:
-      TypeError: optimizer is neither.
+      TypeError: optimizer is neither an optax optimiser nor a function.
 
     >>> from functools import partial
     >>> import jax, jaxrnn
@@ -251,6 +255,7 @@ def make_update(
         extra = {"value": value, "grad": grads, "value_fn": _value_fn(gradient)}
         params, opt_state = _apply(optimizer, state.params, grads, state.opt_state, **extra)
         h = None if state.h is None else lax.stop_gradient(h_T)
+        h = jax.tree.map(lambda new, old: new.astype(old.dtype), h, state.h)
 
         finite = _all_finite((value, norm, params, h))
         before, after = (state.params, state.opt_state, state.h), (params, opt_state, h)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, check_batch, steps_shape
+from jaxrnn.batches import Batch, check_batch, per_step, steps_shape
 from jaxrnn.gradients import PyTree
 from jaxrnn.params import Params, check_params
 
@@ -61,10 +61,14 @@ def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
                 size = network.W_x.shape[1] if tokens else network.W_y.shape[0]
                 checks.check_range(name, values, mask, size, "I tokens" if tokens else "O labels")
         else:
-            valid = mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))
+            valid = per_step(mask, values)
             _check_numbers(name, values, valid, " where the mask is True")
-    if batch.weights is not None and (np.asarray(batch.weights).astype(float) < 0)[mask].any():
-        raise ValueError(f"weights: expected none below 0, got {np.asarray(batch.weights).min()}")
+    if batch.weights is not None:
+        weights = np.asarray(batch.weights)
+        negative = np.argwhere((weights.astype(float) < 0) & mask)
+        if len(negative):
+            first = tuple(int(i) for i in negative[0])
+            raise ValueError(f"weights: expected none below 0, got {weights[first]} at {first}")
 
 
 def _check_numbers(name: str, values: np.ndarray, valid: Any = True, where: str = "") -> None:
@@ -82,10 +86,10 @@ def _check_finite(name: str, values: np.ndarray, valid: Any, where: str) -> None
         )
 
 
-@np.errstate(over="ignore")
 def _check_narrowing(name: str, values: np.ndarray, valid: Any) -> None:
     """Without x64, JAX silently converts 64-bit numbers to 32-bit ones."""
-    narrow = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
+    with np.errstate(over="ignore"):
+        narrow = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
     changed = np.argwhere((narrow.astype(values.dtype) != values) & valid)
     if not len(changed):
         return

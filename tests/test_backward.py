@@ -193,3 +193,15 @@ def test_bptt_calls_no_autodiff(monkeypatch):
     text = str(jax.make_jaxpr(jaxrnn.bptt)(params, Batch(jnp.ones((5, 2)), jnp.zeros(5, int))))
     assert "transpose_jvp" not in text
     assert "jax.grad" not in inspect.getsource(backward.bptt).split('"""')[2]
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+def test_tokens_of_8_bits_equal_tokens_of_32(dtype):
+    """With more tokens than their dtype can count."""
+    params = jaxrnn.init(jax.random.key(0), 300, 4, 2)
+    tokens = jnp.arange(100, 124).reshape(6, 4)
+    batch = Batch(tokens, tokens % 2)
+    short = batch._replace(xs=tokens.astype(dtype))
+    for gradient_fn in (jaxrnn.bptt, by_autodiff):
+        results = gradient_fn(params, short), gradient_fn(params, batch)
+        assert max(relative_errors(*results)) == 0

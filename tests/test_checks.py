@@ -86,6 +86,23 @@ WRONG = {
     "params of tuple": (
         lambda: jaxrnn.unroll(tuple(PARAMS), XS), TypeError, r"params: expected Params, got tuple"
     ),
+    "W_h of list": (with_params(W_h=[[0.0]]), TypeError, r"params.W_h: .* an array, got list"),
+    "ys of integers": (
+        lambda: jaxrnn.mean_loss(LABELS, BATCH), TypeError, r"ys: expected a floating-point dtype"
+    ),
+    "ys of another T": (
+        lambda: jaxrnn.mean_loss(zeros(9, B, O), BATCH),
+        ValueError, r"ys: expected shape \(7, 4, 2\).*got \(9, 4, 2\)",
+    ),
+    "mean of a tuple": (
+        lambda: jaxrnn.mean_loss(zeros(T, B, O), (XS, LABELS)), TypeError, r"batch: expected Batch"
+    ),
+    "readout of another H": (
+        lambda: jaxrnn.readout(PARAMS, zeros(T, 9)), ValueError, r"hs: expected shape \(7, 5\)"
+    ),
+    "xs of list in fit": (
+        fit(train=Batch([[0.0]], LABELS)), TypeError, r"train.xs: expected an array, got list"
+    ),
     "W_h not square": (
         with_params(W_h=zeros(H, 4)), ValueError, r"params.W_h: expected shape \(5, 5\).*\(5, 4\)"
     ),

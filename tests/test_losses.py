@@ -71,3 +71,11 @@ def test_large_outputs_stay_finite_and_exact(name, scale):
 def test_a_small_binary_cross_entropy_is_accurate():
     value = jaxrnn.binary_cross_entropy.value(jnp.array([20.0]), jnp.array([1.0]))
     assert value == pytest.approx(np.log1p(np.exp(-20.0)), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_labels_of_8_bits_equal_labels_of_32(dtype):
+    """With more classes than the dtype of the labels can count."""
+    y, labels = jax.random.normal(jax.random.key(0), (3, 300)), jnp.array([5, 44, 127])
+    for function in (jaxrnn.cross_entropy.value, jaxrnn.cross_entropy.error):
+        assert jnp.array_equal(function(y, labels.astype(dtype)), function(y, labels))

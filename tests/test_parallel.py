@@ -153,6 +153,11 @@ def test_sequence_loss_inside_shard_map(mesh):
     assert max(relative_errors(got, expected)) <= AGREEMENT
 
 
+def test_a_tuple_is_not_a_batch(mesh):
+    with pytest.raises(TypeError, match="batch: expected Batch"):
+        jaxrnn.data_parallel(jaxrnn.bptt, mesh)(None, (1, 2))
+
+
 @pytest.mark.parametrize("batch_shape", [(), (7,)])
 def test_a_batch_that_the_devices_do_not_divide_is_rejected(batch_shape, mesh):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2)

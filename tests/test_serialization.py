@@ -160,3 +160,23 @@ def test_fit_refuses_a_checkpoint_of_another_network(params, tmp_path):
         run(params=params, resume=half)
     with pytest.raises(TypeError, match="resume: expected a Fit or None, got tuple"):
         run(params=params, resume=(result.state, result.best))
+
+
+def test_a_fit_from_numpy_float64_resumes(tmp_path):
+    """Without x64 its state is float32 from the start, its best parameters too."""
+    params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    batch = Batch(jnp.ones((4, 6, 2)), jnp.zeros((4, 6), int))
+    save = partial(jaxrnn.save_fit, tmp_path)
+    options = {"optimizer": optax.sgd(0.1), "callback": save}
+    jaxrnn.fit(jax.random.key(1), wide, batch, max_epochs=2, **options)
+    found = jaxrnn.load_fit(tmp_path, wide, optax.sgd(0.1))
+    result = jaxrnn.fit(jax.random.key(1), wide, batch, max_epochs=3, resume=found, **options)
+    assert len(result.history) == 3
+    assert result.best.W_h.dtype == jnp.float32
+
+
+def test_load_fit_of_another_checkpoint_is_an_error(params, tmp_path):
+    checkpoints.save(tmp_path, 3, {"a": np.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint of save_fit, got \['a'\]"):
+        jaxrnn.load_fit(tmp_path, params, optax.sgd(0.1))

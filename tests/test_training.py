@@ -172,7 +172,7 @@ def test_skipped_updates_are_counted_and_left_out_of_the_mean_with_a_warning(par
 def test_too_many_consecutive_skips_raise_diverged(where, step, params):
     seen = []
     with pytest.raises(
-        jaxrnn.Diverged, match=f"^step {step}: .* got 3 consecutive updates"
+        jaxrnn.Diverged, match=f"^step {step}: .* got 3 consecutive skipped updates"
     ) as stopped:
         jaxrnn.fit(
             jax.random.key(0), params, spoilt(8, where), optimizer=optax.adam(1e-2),
@@ -186,7 +186,9 @@ def test_consecutive_skips_are_counted_across_epochs(params):
     """Three at the end of an epoch and two at the start of the next; also for a Batch."""
     with (
         pytest.warns(UserWarning, match="train: 3 of the 4 updates up to step 4 skipped"),
-        pytest.raises(jaxrnn.Diverged, match=r"^step 5: .* got 4 consecutive updates") as stopped,
+        pytest.raises(
+            jaxrnn.Diverged, match=r"^step 5: .* got 4 consecutive skipped updates"
+        ) as stopped,
     ):
         jaxrnn.fit(
             jax.random.key(0), params, Cycle(spoilt(4, {1, 2, 3}), spoilt(4, {0, 1})),
@@ -194,7 +196,7 @@ def test_consecutive_skips_are_counted_across_epochs(params):
         )  # fmt: skip
     assert len(stopped.value.gradient_norms) == 5
     whole = parity(jax.random.key(1))._replace(weights=jnp.full((8, 50), 1e38))
-    with pytest.raises(jaxrnn.Diverged, match=r"^step 4: .* got 4 consecutive updates"):
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 4: .* got 4 consecutive skipped updates"):
         jaxrnn.fit(
             jax.random.key(0), params, whole, optimizer=optax.adam(1e-2), gradient_fn=spoiling,
             batch_size=10, max_skipped=4,

@@ -55,7 +55,7 @@ WRONG = {
         lambda: jaxrnn.check_values(PARAMS, (XS, LABELS)), TypeError, r"batch: expected Batch"
     ),
     "values for no params": (
-        lambda: jaxrnn.check_values(None, BATCH), TypeError, r"params: .*got NoneType"
+        lambda: jaxrnn.check_values(None, BATCH), TypeError, r"params: .*got an empty NoneType"
     ),
     "NaN in parameters": (
         lambda: jaxrnn.check_values(PARAMS._replace(b_h=zeros(H) + jnp.nan), BATCH),
@@ -89,12 +89,16 @@ WRONG = {
     "weights rounded": (
         check_values(weights=np.full((T, B), 0.1)), UserWarning, r"weights: .*0.1.*28 of 28 change"
     ),
+    "negative weight": (
+        check_values(weights=zeros(T, B).at[2, 3].set(-1)),
+        ValueError, r"weights: expected none below 0, got -1.0 at \(2, 3\)",
+    ),
     "length beyond T": (
         lengths(jnp.array([3, 8, 9])), ValueError, r"lengths: .*\(0..T\), got 8 at \(1,\); 2 of 3"
     ),
     "length below 0": (lengths(np.array(-1)), ValueError, r"lengths: .*got -1 at \(\); 1 of 1"),
     "length of bool": (lengths(np.array([True])), TypeError, r"lengths: .*integers, got bool"),
-    "T of float": (lengths(np.array([1]), 2.5), ValueError, r"T: expected an integer.*got 2.5"),
+    "T of float": (lengths(np.array([1]), 2.5), TypeError, r"T: expected an integer.*got 2.5"),
     "T below 0": (lengths(np.array([0]), -1), ValueError, r"T: .*at least 0, got -1"),
 }  # fmt: skip
 
@@ -110,3 +114,9 @@ def test_values_that_the_mask_excludes_are_not_checked():
     mask = jnp.ones((T, B), bool).at[2, 1].set(False)
     bad = Batch(NAN, LABELS.at[2, 1].set(99), mask=mask, weights=jnp.where(mask, 1.0, jnp.nan))
     jaxrnn.check_values(PARAMS, bad)
+
+
+def test_a_warning_names_the_line_that_called():
+    with pytest.warns(UserWarning, match="float32") as caught:
+        jaxrnn.check_values(PARAMS, BATCH._replace(weights=np.full((T, B), 0.1)))
+    assert [warning.filename for warning in caught] == [__file__]
