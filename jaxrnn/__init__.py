@@ -26,6 +26,7 @@ from jaxrnn.batches import Batch
 from jaxrnn.dynamics import Flow, gradient_flow
 from jaxrnn.evaluation import evaluate
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
+from jaxrnn.gradients import reparametrized
 from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, mean_loss, squared_error
 from jaxrnn.parallel import data_parallel
 from jaxrnn.params import Params, init, scaled_identity
@@ -71,6 +72,7 @@ __all__ = [
     "pad",
     "readout",
     "relu",
+    "reparametrized",
     "save_fit",
     "scaled_identity",
     "sequence_loss",

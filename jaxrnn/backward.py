@@ -65,8 +65,8 @@ def bias_sum(d: Array, dtype: DTypeLike) -> Array:
 
 def block_states(
     params: Params, block: Batch, h_0: Array, activation: Activation, leak: Array | None
-) -> Array:
-    """The forward pass over a block from the state h_0 before it: h_t after each step."""
+) -> tuple[Array, Array | None]:
+    """The forward pass over a block from the state h_0 before it: h_t and f(z_t), as `recur`."""
     zs_x = input_zs(params, block.xs, block.drive, block.mask)
     return recur(activation, params.W_h, zs_x, h_0, leak, block.mask, block.reset)
 
@@ -81,7 +81,7 @@ def block_flow(
     params: Params,
     block: Batch,
     h_0: Array,
-    hs: Array,
+    states: tuple[Array, Array | None],
     dh_next: Array,
     activation: Activation,
     leak: Array | None,
@@ -93,7 +93,7 @@ def block_flow(
       params: Params.
       block: Batch, the steps of the block.
       h_0: the state before the block, (*batch, H).
-      hs: the state after each step of the block, (K, *batch, H).
+      states: what `block_states` returned for the block, (K, *batch, H) each.
       dh_next: the part of dh that comes from after the block, (*batch, H).
       activation: f.
       leak: alpha, or None.
@@ -104,6 +104,7 @@ def block_flow(
       (K, *batch, H).
     """
     dtype = at_least_float32(params.W_h.dtype)
+    hs, fs = states
     targets = where_exists(block.mask, block.targets)
     weights = step_weights(block, dtype)
     ys = readout(params, where_exists(block.mask, hs)).astype(dtype)
@@ -111,7 +112,7 @@ def block_flow(
     dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
 
     dhs_y = dys @ params.W_y
-    f_primes = derivatives(activation, leak, hs, partial(block_zs, params, block, h_0, hs))
+    f_primes = derivatives(activation, leak, hs, fs, partial(block_zs, params, block, h_0, hs))
     dh_next, (dhs, dzs) = reverse_scan(
         params.W_h, dh_next, dhs_y, f_primes, leak, block.mask, block.reset
     )
@@ -186,17 +187,17 @@ def bptt(
     K = near_divisor(T, checkpoint_every) if checkpoint_every else block_steps(params, batch)
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
-        hs = block_states(params, block, h, activation, leak)
-        return hs[-1], (h, hs if checkpoint_every is None else None)
+        states = block_states(params, block, h, activation, leak)
+        return states[0][-1], (h, states if checkpoint_every is None else None)
 
     def backward(carry: Any, block: Batch, saved: Any) -> tuple[Any, None]:
         dh_next, sums = carry
-        h, hs = saved
-        hs = block_states(params, block, h, activation, leak) if hs is None else hs
+        h, states = saved
+        states = block_states(params, block, h, activation, leak) if states is None else states
         dh_next, value, dys, _, dzs = block_flow(
-            params, block, h, hs, dh_next, activation, leak, loss
+            params, block, h, states, dh_next, activation, leak, loss
         )
-        block_sums = value, block_gradient(params, block, h, hs, dys, dzs)
+        block_sums = value, block_gradient(params, block, h, states[0], dys, dzs)
         return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)

@@ -74,7 +74,7 @@ def gradient_flow(
     h_0 = initial_state(params, batch.xs, h_0)
     batch = batch._replace(weights=mean_weights(batch, at_least_float32(params.W_h.dtype)))
     leak = as_leak(params, leak)
-    hs = block_states(params, batch, h_0, activation, leak)
+    states = block_states(params, batch, h_0, activation, leak)
     dh_next = match_varying_axes(jnp.zeros_like(h_0), h_0)  # dz_{T+1} = 0
-    *_, dhs, dzs = block_flow(params, batch, h_0, hs, dh_next, activation, leak, loss)
+    *_, dhs, dzs = block_flow(params, batch, h_0, states, dh_next, activation, leak, loss)
     return Flow(dhs, dzs)

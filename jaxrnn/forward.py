@@ -123,8 +123,9 @@ def hidden_states(
     h_0 = initial_state(params, xs, h_0)
     zs_x = input_zs(params, xs, drive, mask)
     # The custom rule has no gradient for values closed over by the activation; autodiff does.
-    loop = recur if has_traced_values(activation, params.W_h.dtype) else hoisted_recur
-    hs = loop(activation, params.W_h, zs_x, h_0, as_leak(params, leak), mask, reset)
+    arguments = activation, params.W_h, zs_x, h_0, as_leak(params, leak), mask, reset
+    traced = has_traced_values(activation, params.W_h.dtype)
+    hs = recur(*arguments)[0] if traced else hoisted_recur(*arguments)
     h_T = hs[-1] if hs.shape[0] else h_0
     return h_T, where_exists(mask, hs)
 

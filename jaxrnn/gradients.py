@@ -1,4 +1,4 @@
-"""The gradient functions that training takes: `bptt` and every function like it."""
+"""The gradient functions that training takes: `bptt`, every function like it, other parameters."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxrnn import checks
 from jaxrnn.params import at_least_float32
 
 PyTree: TypeAlias = Any
@@ -28,3 +29,51 @@ it. It is called with a key only if `init_state` or `fit` was given one.
 def value_dtype(params: PyTree) -> jnp.dtype:
     """The dtype of the loss and of sums over time: that of the parameters, float32 at least."""
     return at_least_float32(jnp.result_type(*jax.tree.leaves(params)))
+
+
+def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree]) -> GradientFn:
+    """The gradient with respect to theta, where params = to_params(theta).
+
+        dtheta = (dparams / dtheta)^T dL/dparams
+
+    Constraints that hold at every update, such as signs (Dale's law), sparsity, frozen or low-rank
+    weights, are functions of an unconstrained theta. `gradient_fn` gives dL/dparams, once, and the
+    chain rule the rest, outside the loop over time.
+
+    Args:
+      gradient_fn: (params, batch, h) -> ((value, h_T), grads): `bptt` or a function like it.
+      to_params: theta -> params, differentiable. Both are pytrees of floating-point arrays.
+
+    Returns:
+      The gradient function of theta, for `make_update`, `fit` and `data_parallel`.
+
+    Raises:
+      TypeError: an argument is not a function; when called, if to_params does not return
+        floating-point arrays, or gradient_fn does not return a gradient of the same structure.
+
+    >>> import jax, jax.numpy as jnp, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> excitatory = lambda theta: theta._replace(W_h=jnp.abs(theta.W_h))
+    >>> batch = jaxrnn.Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
+    >>> (value, h_T), grads = reparametrized(jaxrnn.bptt, excitatory)(params, batch)
+    >>> auto = jax.grad(lambda theta: jaxrnn.sequence_loss(excitatory(theta), batch)[0])(params)
+    >>> bool(jnp.allclose(grads.W_h, auto.W_h, atol=1e-6))
+    True
+    """
+    for name, function in (("gradient_fn", gradient_fn), ("to_params", to_params)):
+        if not callable(function):
+            raise TypeError(f"{name}: expected a function, got {function!r}")
+
+    def gradient(theta: PyTree, batch: Any, h: PyTree = None, **keywords: Any) -> Any:
+        params, pullback = jax.vjp(to_params, theta)
+        checks.check_float_tree("to_params(theta)", params)
+        (value, h_T), grads = gradient_fn(params, batch, h, **keywords)
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (params, grads)]
+        if structures[0] != structures[1]:
+            raise TypeError(
+                f"gradient_fn: expected a gradient {structures[0]}, got {structures[1]}"
+            )
+        (dtheta,) = pullback(grads)
+        return (value, h_T), dtheta
+
+    return gradient

@@ -64,12 +64,10 @@ def check_leak(leak: Any, params: Params) -> None:
     if leak is None:
         return
     if not isinstance(leak, float | int):
-        checks.check_array("leak", leak)
+        checks.check_float_array("leak", leak)
     shape, H = np.shape(leak), params.W_h.shape[0]
     if shape not in ((), (H,)):
         raise ValueError(f"leak: expected a scalar or shape ({H},) (H of W_h), got {shape}")
-    if not checks.is_float(jnp.result_type(leak)) and not isinstance(leak, int):
-        raise TypeError(f"leak: expected a floating-point dtype, got {jnp.result_type(leak)}")
     if not isinstance(leak, jax.core.Tracer):
         values = np.atleast_1d(np.asarray(leak, np.float64))
         wrong = values[~((values > 0) & (values <= 1))]

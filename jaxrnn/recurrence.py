@@ -15,6 +15,7 @@ the loops. Where `mask` is False the state, or the gradient, passes the step unc
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -169,7 +170,7 @@ def recur(
     leak: Array | None,
     mask: Array | None,
     reset: Array | None,
-) -> Array:
+) -> tuple[Array, Array | None]:
     """The forward loop: h_t = (1 - alpha) h_{t-1} + alpha f(z_t), or f(z_t) without a leak.
 
     Args:
@@ -182,18 +183,20 @@ def recur(
       reset: (T, *batch) bool or None.
 
     Returns:
-      h_t after each step, (T, *batch, H), held where the mask is False.
+      hs, h_t after each step, (T, *batch, H), held where the mask is False; and fs, f(z_t) of each
+      step, or None without a leak.
     """
 
-    def body(h: Array, inputs: Any) -> tuple[Array, Array]:
+    def body(h: Array, inputs: Any) -> tuple[Array, tuple[Array, Array | None]]:
         z_x, valid, reset_t = inputs
         h_before = unless_reset(reset_t, h)
         z = z_x + h_before @ W_h.T  # z_t = W_x x_t + b_h + W_h h_{t-1}
-        h_new = leaky(leak, h_before, activation.f(z))  # h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
-        h = hold(valid, h_new, h)
-        return h, h
+        f_z = activation.f(z)
+        h = hold(valid, leaky(leak, h_before, f_z), h)  # h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
+        return h, (h, None if leak is None else f_z)
 
-    return lax.scan(body, h_0, (zs_x, mask, reset), unroll=scan_unroll())[1]
+    hs, fs = lax.scan(body, h_0, (zs_x, mask, reset), unroll=scan_unroll())[1]
+    return hs, fs
 
 
 def reverse_scan(
@@ -236,30 +239,36 @@ def reverse_scan(
 
 
 def derivatives(
-    activation: Activation, leak: Array | None, hs: Array, zs: Callable[[], Array]
+    activation: Activation,
+    leak: Array | None,
+    hs: Array,
+    fs: Array | None,
+    zs: Callable[[], Array],
 ) -> Array:
     """dh_t / dz_t = alpha f'(z_t) for each step.
 
-    Without a leak f' follows from h_t, if the activation has a df. Else it is computed from z_t:
-    h_t then holds f(z_t) only up to a rounding error multiplied by 1 / alpha.
+    f' follows from f(z_t), which is h_t without a leak; without a df it is computed from z_t. With
+    a leak, f(z_t) recovered from h_t would have a rounding error multiplied by 1 / alpha.
     """
-    if leak is None and activation.df is not None:
-        return activation.df(hs)
-    z = zs()
     if activation.df is not None:
-        f_primes = activation.df(activation.f(z))
+        f_primes = activation.df(hs if fs is None else fs)
     else:
+        z = zs()
         f_primes = jnp.asarray(jax.jvp(activation.f, (z,), (jnp.ones_like(z),))[1])
     return f_primes if leak is None else leak * f_primes
 
 
-hoisted_recur = jax.custom_jvp(recur, nondiff_argnums=(0,))
-"""`recur` with a derivative rule that takes the weight gradient out of the loop over time."""
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def hoisted_recur(activation: Activation, *arguments: Any) -> Array:
+    """The states of `recur`, with a rule that takes the weight gradient out of the loop."""
+    hs, _ = recur(activation, *arguments)
+    return hs
 
 
 def _instantiate(tangent: Any, primal: Array) -> Array:
     """The tangent as an array, zeros if nothing depends on it."""
-    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+    array: Array = jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+    return array
 
 
 def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> tuple[Array, Array]:
@@ -276,11 +285,15 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
     hs = hoisted_recur(activation, *primals)
     hs_before = previous(hs, h_0, mask, reset)
     zs_dot = zs_x_dot + hs_before @ W_h_dot.T
-    f_primes = derivatives(activation, leak, hs, lambda: zs_x + hs_before @ W_h.T)
-    f_primes = where_exists(mask, f_primes)
+
+    def zs() -> Array:
+        return zs_x + hs_before @ W_h.T
+
+    fs = None if leak is None else activation.f(zs())
+    f_primes = where_exists(mask, derivatives(activation, leak, hs, fs, zs))
     leaks_dot = None
-    if leak is not None and not isinstance(tangents[3], SymbolicZero):
-        leaks_dot = tangents[3] * (activation.f(zs_x + hs_before @ W_h.T) - hs_before)
+    if fs is not None and not isinstance(tangents[3], SymbolicZero):
+        leaks_dot = tangents[3] * (fs - hs_before)
 
     def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
         z_dot, f_prime, leak_dot, valid, reset_t = inputs

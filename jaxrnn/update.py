@@ -164,7 +164,8 @@ def _apply(
         return optax.apply_updates(params, updates), opt_state
     new = optimizer(params, grads)
     # The structure first: a leaf of another kind of result may have no shape.
-    if jax.tree.structure(new) != jax.tree.structure(params) or any(
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (params, new)]
+    if structures[0] != structures[1] or any(
         (jnp.shape(old), jnp.result_type(old)) != (jnp.shape(leaf), jnp.result_type(leaf))
         for old, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True)
     ):

@@ -61,7 +61,7 @@ def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
                 size = network.W_x.shape[1] if tokens else network.W_y.shape[0]
                 checks.check_range(name, values, mask, size, "I tokens" if tokens else "O labels")
         else:
-            valid = per_step(mask, values)
+            valid = per_step(mask, values)  # type: ignore[arg-type]
             _check_numbers(name, values, valid, " where the mask is True")
     if batch.weights is not None:
         weights = np.asarray(batch.weights)

@@ -19,8 +19,8 @@ CAUGHT = 1e-3
 BACKWARD = {
     "f' forgotten": ("f_prime * dh)", "dh)"),
     "f' forgotten in what flows back, as textbooks print it": ("dz @ W_h", "dh @ W_h"),
-    "f' of another quantity": ("derivatives(activation, leak, hs, partial",
-                                "derivatives(activation, leak, dhs_y, partial"),
+    "f' of another quantity": ("derivatives(activation, leak, hs, fs, partial",
+                                "derivatives(activation, leak, dhs_y, fs, partial"),
     "W_h transposed": ("dz @ W_h", "dz @ W_h.T"),
     "W_y transposed": ("dhs_y = dys @ params.W_y", "dhs_y = dys @ params.W_y.T"),
     "dW_h transposed": ("outer_sum(dzs, hs_before, dtype)",
@@ -61,16 +61,19 @@ BACKWARD = {
     "steps of two blocks counted twice": ("mask & per_step(is_new, mask)", "mask"),
     "last block left out": ("jnp.arange(-(-T // K))", "jnp.arange(T // K)"),
     "last block a step late": ("arange(K) >= start", "arange(K) > start"),
-    "every block from the first state": ("h, hs = saved\n", "h, hs = saved\n        h = h_0\n"),
-    "recomputed from a zero state": ("block, h, activation, leak) if hs is None",
-                                     "block, h_0, activation, leak) if hs is None"),
+    "every block from the first state": (
+        "h, states = saved\n", "h, states = saved\n        h = h_0\n"
+    ),
+    "recomputed from a zero state": ("block, h, activation, leak) if states is None",
+                                     "block, h_0, activation, leak) if states is None"),
 }  # fmt: skip
 
 FORWARD = {
     "W_h transposed": ("h_before @ W_h.T  #", "h_before @ W_h  #"),
     "no recurrence": ("z_x + h_before @ W_h.T  #", "z_x  #"),
-    "f forgotten": ("leaky(leak, h_before, activation.f(z))", "leaky(leak, h_before, z)"),
-    "mask ignored": ("h = hold(valid, h_new, h)", "h = h_new"),
+    "f forgotten": ("f_z = activation.f(z)", "f_z = z"),
+    "mask ignored": ("h = hold(valid, leaky(leak, h_before, f_z), h)",
+                     "h = leaky(leak, h_before, f_z)"),
     "reset ignored": ("h_before = unless_reset(reset_t, h)\n", "h_before = h\n"),
     "reset after the step": (
         "        return h, h\n",
@@ -82,8 +85,8 @@ FORWARD = {
 
 TANGENT = {
     "f' forgotten": ("f_prime * (z_dot", "(z_dot"),
-    "f' of the step before": ("derivatives(activation, leak, hs, lambda",
-                              "derivatives(activation, leak, hs_before, lambda"),
+    "f' of the step before": ("derivatives(activation, leak, hs, fs, zs)",
+                              "derivatives(activation, leak, hs_before, fs, zs)"),
     "W_h transposed": ("h_dot_before @ W_h.T", "h_dot_before @ W_h"),
     "no recurrence": ("(z_dot + h_dot_before @ W_h.T)", "z_dot"),
     "reset ignored": ("h_dot_before = unless_reset(reset_t, h_dot)", "h_dot_before = h_dot"),
@@ -105,13 +108,8 @@ LEAK = {
         "unless_reset(reset_t, dh_before)",
         "(unless_reset(reset_t, dh_before) + jnp.where(per_step(reset_t, dh), (1 - leak) * dh, 0))",
     ),
-    "f' read off h": ("if leak is None and activation.df", "if activation.df"),
-    "f' of z instead of f(z)": ("activation.df(activation.f(z))", "activation.df(z)"),
-    "drive left out of z": ("params, block.xs, block.drive, block.mask)\n    return zs_x",
-                            "params, block.xs, None, block.mask)\n    return zs_x"),
+    "f' read off h": ("activation.df(hs if fs is None else fs)", "activation.df(hs)"),
     "drive left out": ("zs_x if drive is None else", "zs_x if True else"),
-    "z without the reset": ("return zs_x + previous(hs, h_0, block.mask, block.reset)",
-                            "return zs_x + previous(hs, h_0, block.mask, None)"),
     "alpha and 1 - alpha exchanged": ("(1 - leak) * h + leak * f_z", "leak * h + (1 - leak) * f_z"),
     "leak from the state before a reset": ("leaky(leak, h_before,", "leaky(leak, h,"),
 }  # fmt: skip
@@ -124,11 +122,9 @@ LEAK_TANGENT = {
     "leak from the state before a reset": ("(1 - leak) * h_dot_before", "(1 - leak) * h_dot"),
     "alpha forgotten in f'": ("f_primes if leak is None else leak * f_primes", "f_primes"),
     "no derivative by alpha": ("h_dot_new + leak_dot", "h_dot_new"),
-    "h_{t-1} forgotten in the derivative by alpha": (
-        "(activation.f(zs_x + hs_before @ W_h.T) - hs_before)",
-        "activation.f(zs_x + hs_before @ W_h.T)",
-    ),
-    "f' read off h": ("if leak is None and activation.df", "if activation.df"),
+    "h_{t-1} forgotten in the derivative by alpha": ("(fs - hs_before)", "fs"),
+    "z without the recurrence": ("return zs_x + hs_before @ W_h.T", "return zs_x"),
+    "f' read off h": ("activation.df(hs if fs is None else fs)", "activation.df(hs)"),
 }  # fmt: skip
 
 UPDATE = {

@@ -259,7 +259,7 @@ def test_the_norm_of_short_floats_does_not_overflow(batch):
 
 def test_diverged_names_the_step_and_what_to_try():
     error = jaxrnn.Diverged(12, 3, [0.5, 80.0, float("nan")])
-    message = "step 12: expected finite .* got 3 consecutive skipped updates .*: 0.5, 80, nan. Try"
+    message = "step 12: expected finite .* got 3 consecutive skipped updates; .*: 0.5, 80, nan. Try"
     with pytest.raises(jaxrnn.Diverged, match=message):
         raise error
     assert (error.step, error.skipped, error.gradient_norms[:2]) == (12, 3, [0.5, 80.0])

@@ -1,0 +1,117 @@
+"""The gradient by theta where params = to_params(theta)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch, Params
+from tests.reference import plain_loss, relative_errors
+
+I, H, O, R = 3, 6, 2, 2
+SIGNS = np.where(np.arange(H) < 4, 1.0, -1.0)
+KEPT = np.random.default_rng(0).random((H, H)) < 0.5
+
+
+def dale(theta: Params) -> Params:
+    return theta._replace(W_h=jnp.abs(theta.W_h) * SIGNS)
+
+
+def sparse(theta: Params) -> Params:
+    return theta._replace(W_h=theta.W_h * KEPT)
+
+
+def low_rank(theta) -> Params:
+    return theta["rest"]._replace(W_h=theta["left"] @ theta["right"].T)
+
+
+def frozen(theta) -> Params:
+    return Params(W_h=jnp.asarray(KEPT, theta["W_x"].dtype), **theta)
+
+
+def shared(theta) -> Params:
+    block = theta["block"]
+    return theta["rest"]._replace(W_h=jnp.kron(jnp.eye(2, dtype=block.dtype), block))
+
+
+def start(to_params):
+    params = jaxrnn.init(jax.random.key(0), I, H, O)
+    normal = partial(jax.random.normal, jax.random.key(1))
+    if to_params is low_rank:
+        return {"rest": params, "left": normal((H, R)), "right": normal((H, R))}
+    if to_params is frozen:
+        return {name: leaf for name, leaf in params._asdict().items() if name != "W_h"}
+    if to_params is shared:
+        return {"rest": params, "block": normal((H // 2, H // 2))}
+    return params
+
+
+@pytest.fixture
+def batch():
+    xs = jax.random.normal(jax.random.key(2), (9, 8, I))
+    return Batch(xs, (xs.sum(-1) > 0).astype(int))
+
+
+FORMS = pytest.mark.parametrize("to_params", [dale, sparse, low_rank, frozen, shared])
+
+
+@FORMS
+def test_equals_autodiff_of_the_composition(to_params, batch):
+    theta = start(to_params)
+    by_theta = jax.jit(jaxrnn.reparametrized(partial(jaxrnn.bptt, leak=0.4), to_params))
+
+    def loss(theta):
+        return plain_loss(to_params(theta), batch, leak=0.4)
+
+    expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(theta)
+    assert max(relative_errors(by_theta(theta, batch), expected)) <= 1e-5
+
+
+@FORMS
+def test_fit_trains_theta(to_params, batch):
+    gradient_fn = jaxrnn.reparametrized(jaxrnn.bptt, to_params)
+    result = jaxrnn.fit(
+        jax.random.key(3), start(to_params), batch, optimizer=optax.adam(1e-2), batch_size=4,
+        gradient_fn=gradient_fn, max_epochs=3,
+    )  # fmt: skip
+    assert result.history[-1].train_loss < result.history[0].train_loss
+    trained = to_params(result.best)
+    assert jnp.isfinite(trained.W_h).all()
+
+
+def test_a_key_reaches_the_gradient_function(batch):
+    def noisy(params, batch, h=None, *, key):
+        drive = jax.random.normal(key, (*batch.xs.shape[:-1], H))
+        return jaxrnn.bptt(params, batch._replace(drive=drive), h)
+
+    theta, key = start(dale), jax.random.key(5)
+    got = jaxrnn.reparametrized(noisy, dale)(theta, batch, key=key)
+    assert jnp.array_equal(got[0][0], noisy(dale(theta), batch, key=key)[0][0])
+
+
+@pytest.mark.parametrize(
+    ("gradient_fn", "to_params", "message"),
+    [
+        (None, dale, "gradient_fn: expected a function, got None"),
+        (jaxrnn.bptt, 3, "to_params: expected a function, got 3"),
+        (jaxrnn.bptt, lambda theta: theta._asdict(), "params: expected Params, got dict"),
+        (jaxrnn.bptt, lambda theta: {}, r"to_params\(theta\): expected a pytree with at least one"),
+        (
+            jaxrnn.bptt,
+            lambda theta: theta._replace(b_h=jnp.arange(H)),
+            r"to_params\(theta\).*b_h: expected a floating-point dtype",
+        ),
+        (
+            lambda *arguments: ((jnp.zeros(()), None), {}),
+            dale,
+            r"gradient_fn: expected a gradient PyTreeDef.*, got PyTreeDef\(\{\}\)",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_named(gradient_fn, to_params, message, batch):
+    with pytest.raises(TypeError, match=message):
+        jaxrnn.reparametrized(gradient_fn, to_params)(start(dale), batch)
