@@ -23,20 +23,18 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
+from jaxrnn.blocks import block_steps, near_divisor, scan_blocks
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.recurrence import (
-    block_steps,
     derivatives,
     initial_state,
     input_zs,
     match_varying_axes,
-    near_divisor,
     previous,
     readout,
     recur,
     reverse_scan,
-    scan_blocks,
 )
 
 

@@ -13,7 +13,6 @@ the loops. Where `mask` is False the state, or the gradient, passes the step unc
 `reset` is True nothing passes from step t-1 to step t. Each is left out where it is None.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,41 +26,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation
-from jaxrnn.batches import Batch, Tree, per_step, steps_shape, where_exists
+from jaxrnn.batches import Tree, per_step, steps_shape, where_exists
 from jaxrnn.params import Params, at_least_float32
 
 
 def scan_unroll() -> int:
     """Steps unrolled in the body of a loop over time. A GPU idles between two iterations."""
     return 8 if jax.default_backend() == "gpu" else 1
-
-
-def block_steps(params: Params, batch: Batch) -> int:
-    """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
-
-    On a CPU, the arrays of a block fit the cache. Its products have about 512 rows, so that adding
-    the gradient of a block to the sums costs little in comparison. A GPU needs larger blocks. Each
-    block copies its inputs; if these are four times as large as all states, there is one block.
-    """
-    T, *batch_axes = steps_shape(batch.xs)
-    if jax.default_backend() == "gpu":
-        return near_divisor(T, 128)
-    O, H = params.W_y.shape
-    I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
-    B = max(1, math.prod(batch_axes))
-    K = min(512, max(1, 2**16 // (B * max(I, H, O)), 512 // B))
-    return T if 4 * T * H <= K * I else near_divisor(T, K)
-
-
-def near_divisor(T: int, K: int) -> int:
-    """The divisor of T nearest to min(K, T), within a factor of two; min(K, T) if there is none.
-
-    >>> near_divisor(1000, 32), near_divisor(997, 32), near_divisor(5, 10**12)
-    (40, 32, 5)
-    """
-    K = min(K, T)
-    divisors = [k for k in range(-(-K // 2), 2 * K + 1) if T % k == 0]
-    return min(divisors, key=lambda k: max(k / K, K / k), default=K)
 
 
 def input_product(params: Params, xs: Array) -> Array:
@@ -286,7 +257,7 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
     hs_before = previous(hs, h_0, mask, reset)
     zs_dot = zs_x_dot + hs_before @ W_h_dot.T
 
-    def zs() -> Array:
+    def zs() -> Any:
         return zs_x + hs_before @ W_h.T
 
     fs = None if leak is None else activation.f(zs())
@@ -311,51 +282,3 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
 
 
 hoisted_recur.defjvp(_hoisted_recur_jvp, symbolic_zeros=True)
-
-
-def scan_blocks(
-    body: Callable[[Any, Batch, Any], tuple[Any, Any]],
-    carry: Any,
-    batch: Batch,
-    block_steps: int,
-    saved: Any = None,
-    *,
-    reverse: bool = False,
-) -> tuple[Any, Any]:
-    """A scan over blocks of time: `carry, out = body(carry, block, saved_for_block)` for each.
-
-    Args:
-      body: applied to one block after the other.
-      carry: what passes from block to block.
-      batch: Batch of T steps.
-      block_steps: K, the steps of a block.
-      saved: the outputs of an earlier call over the same blocks.
-      reverse: from the last block to the first.
-
-    Returns:
-      The last carry, and the outputs of all blocks.
-    """
-    K, T = block_steps, batch.xs.shape[0]
-    if K == T:
-        return body(carry, batch, saved)
-
-    def scan_body(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        k, saved_block = inputs
-        return body(carry, block_at(k, batch, K), saved_block)
-
-    return lax.scan(scan_body, carry, (jnp.arange(-(-T // K)), saved), reverse=reverse)
-
-
-def block_at(k: Array, batch: Batch, K: int) -> Batch:
-    """Steps k K to (k + 1) K of the batch.
-
-    If K does not divide T, the last block starts at T - K, and its mask excludes the steps that it
-    shares with the block before.
-    """
-    T, start = batch.xs.shape[0], k * K
-    block: Batch = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, K), batch)
-    if T % K == 0:
-        return block
-    is_new = jnp.minimum(start, T - K) + jnp.arange(K) >= start
-    mask = jnp.ones(steps_shape(block.xs), bool) if block.mask is None else block.mask
-    return block._replace(mask=mask & per_step(is_new, mask))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch, backward, recurrence
+from jaxrnn import Batch, backward, blocks
 from tests.conftest import default_and_thorough
 from tests.reference import (
     Case,
@@ -40,7 +40,7 @@ def test_three_gradients_agree(structure, monkeypatch):
     """
     if structure % 2:
         monkeypatch.setattr(
-            backward, "block_steps", lambda _, batch: recurrence.near_divisor(len(batch.xs), 7)
+            backward, "block_steps", lambda _, batch: blocks.near_divisor(len(batch.xs), 7)
         )
     cases = [random_case(structure, values=draw) for draw in range(6)]
     by_hand = compiled(jaxrnn.bptt, cases[0], checkpoint_every=cases[0].checkpoint_every)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch, backward, forward, recurrence, update
+from jaxrnn import Batch, backward, blocks, forward, recurrence, update
 from tests.faults import with_fault
 from tests.reference import plain_loss, random_case, relative_errors
 
@@ -76,8 +76,8 @@ FORWARD = {
                      "h = leaky(leak, h_before, f_z)"),
     "reset ignored": ("h_before = unless_reset(reset_t, h)\n", "h_before = h\n"),
     "reset after the step": (
-        "        return h, h\n",
-        "        return unless_reset(reset_t, h), h\n",
+        "return h, (h, None",
+        "return unless_reset(reset_t, h), (h, None",
     ),
     "b_h forgotten": ("@ params.W_x.T, params.b_h)", "@ params.W_x.T, 0 * params.b_h)"),
     "b_y forgotten": ("hs @ params.W_y.T, params.b_y)", "hs @ params.W_y.T, 0 * params.b_y)"),
@@ -256,7 +256,7 @@ def update_agrees(module) -> bool:
 @pytest.mark.usefixtures("x64")
 @names(BACKWARD)
 def test_a_fault_in_the_backward_pass_is_caught(fault, cases):
-    faulty = with_fault([recurrence, backward], *BACKWARD[fault])
+    faulty = with_fault([blocks, recurrence, backward], *BACKWARD[fault])
     faulty.block_steps = lambda *_: 32  # by default a sequence so small is one block
     assert not bptt_agrees(faulty, cases, CAUGHT), "this fault would have passed"
 
@@ -278,7 +278,7 @@ def test_a_fault_in_the_derivative_rule_is_caught(fault, cases):
 @pytest.mark.usefixtures("x64")
 @names(LEAK)
 def test_a_fault_in_the_leak_is_caught(fault, leaky_cases):
-    faulty = with_fault([recurrence, backward], *LEAK[fault])
+    faulty = with_fault([blocks, recurrence, backward], *LEAK[fault])
     faulty.block_steps = lambda *_: 32
     assert not bptt_agrees(faulty, leaky_cases, CAUGHT), "this fault would have passed"
 
