@@ -34,6 +34,7 @@ from jaxrnn.recurrence import (
     previous,
     readout,
     recur,
+    replicated,
     reverse_scan,
 )
 
@@ -41,18 +42,16 @@ from jaxrnn.recurrence import (
 def outer_sum(d: Array, x: Array, dtype: DTypeLike) -> Array:
     """sum_t d_t x_t^T over all steps and batch axes: (..., J), (..., I) -> (J, I)."""
     steps = tuple(range(d.ndim - 1))
-    return lax.dot_general(d, x, ((steps, steps), ((), ())), preferred_element_type=dtype)
+    return lax.dot_general(
+        d, x, ((steps, steps), ((), ())), preferred_element_type=dtype, out_sharding=replicated(d)
+    )
 
 
 def input_outer_sum(d: Array, xs: Array, input_size: int, dtype: DTypeLike) -> Array:
     """sum_t d_t x_t^T. For a token x, d_t is added to the column of that token."""
     if checks.is_integer(xs):
-        return (
-            jnp.zeros((input_size, d.shape[-1]), dtype)
-            .at[xs.astype(jnp.int32)]
-            .add(d.astype(dtype))
-            .T
-        )
+        columns = jnp.zeros((input_size, d.shape[-1]), dtype).at[xs.astype(jnp.int32)]
+        return columns.add(d.astype(dtype), out_sharding=replicated(d)).T
     return outer_sum(d, xs.astype(d.dtype), dtype)
 
 

@@ -48,13 +48,20 @@ def per_step(flags: Array, xs: Array) -> Array:
 
 def where_exists(mask: Array | None, xs: Array) -> Array:
     """xs where the mask is True, else 0."""
-    return xs if mask is None else jnp.where(per_step(mask, xs), xs, jnp.zeros_like(xs))
+    return xs if mask is None else jnp.where(per_step(mask, xs), xs, jnp.zeros((), xs.dtype))
+
+
+def ones_per_step(xs: Array, dtype: DTypeLike) -> Array:
+    """Ones (T, *batch), split over devices as the inputs are."""
+    return jnp.ones_like(xs if checks.is_integer(xs) else xs.any(axis=-1), dtype)
 
 
 def step_weights(batch: Batch, dtype: DTypeLike = jnp.float32) -> Array:
     """weights * mask, (T, *batch)."""
-    ones = jnp.ones(steps_shape(batch.xs), dtype)
-    weights = ones if batch.weights is None else batch.weights.astype(dtype)
+    if batch.weights is None:
+        weights = ones_per_step(batch.xs, dtype)
+    else:
+        weights = batch.weights.astype(dtype)
     return where_exists(batch.mask, weights)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, per_step, steps_shape
+from jaxrnn.batches import Batch, ones_per_step, per_step, steps_shape
 from jaxrnn.params import Params
 
 
@@ -85,5 +85,5 @@ def block_at(k: Array, batch: Batch, K: int) -> Batch:
     if T % K == 0:
         return block
     is_new = jnp.minimum(start, T - K) + jnp.arange(K) >= start
-    mask = jnp.ones(steps_shape(block.xs), bool) if block.mask is None else block.mask
+    mask = ones_per_step(block.xs, bool) if block.mask is None else block.mask
     return block._replace(mask=mask & per_step(is_new, mask))

@@ -78,10 +78,16 @@ def readout(params: Params, hs: Array) -> Array:
 def select_rows(W: Array, tokens: Array) -> Array:
     """W[tokens], split over devices as the tokens are."""
     tokens = tokens.astype(jnp.int32)  # 8 bits hold no number of rows above 127
-    sharding = jax.typeof(tokens).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
+    mesh, spec = jax.typeof(tokens).sharding.mesh, jax.typeof(tokens).sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
         return W[tokens]
-    return W.at[tokens].get(out_sharding=NamedSharding(sharding.mesh, P(*sharding.spec, None)))
+    return W.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None)))
+
+
+def replicated(x: Array) -> NamedSharding | None:
+    """The sharding of a sum over all steps and sequences; None unless mesh axes are explicit."""
+    mesh = jax.typeof(x).sharding.mesh
+    return NamedSharding(mesh, P()) if AxisType.Explicit in mesh.axis_types else None
 
 
 def add_bias(products: Array, b: Array) -> Array:
@@ -97,7 +103,7 @@ def hold(mask: Array | None, h_new: Array, h: Array) -> Array:
 
 def unless_reset(reset: Array | None, h: Array) -> Array:
     """h, or zeros where a reset comes before the step that reads it."""
-    return h if reset is None else jnp.where(per_step(reset, h), jnp.zeros_like(h), h)
+    return h if reset is None else jnp.where(per_step(reset, h), jnp.zeros((), h.dtype), h)
 
 
 def leaky(leak: Array | None, h: Array, f_z: Array) -> Array:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -124,6 +125,51 @@ def test_an_explicit_mesh_gives_the_same_value_and_gradient():
         assert max(relative_errors(parallel(params, split), expected)) <= 1e-5
         loss = jax.jit(jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True))
         assert max(relative_errors(loss(params, split), expected)) <= 1e-5
+
+
+def with_explicit_sharding():
+    """Calls of public functions: name -> function of (params, batch)."""
+    options = {"leak": 0.5, "activation": jaxrnn.relu}
+    adam = optax.adam(1e-2)
+
+    def states(function, params, batch):
+        fields = {"drive": batch.drive, "mask": batch.mask, "reset": batch.reset}
+        return function(params, batch.xs, **fields, **options)
+
+    def update(params, batch):
+        step = jaxrnn.make_update(jaxrnn.bptt, adam)
+        return step(jaxrnn.init_state(params, adam), batch)[1].loss
+
+    return {
+        "bptt": jaxrnn.bptt,
+        "bptt with options": partial(jaxrnn.bptt, **options),
+        "bptt, checkpoint_every": partial(jaxrnn.bptt, checkpoint_every=5),
+        "sequence_loss": by_autodiff,
+        "sequence_loss with options": partial(by_autodiff, **options),
+        "gradient_flow": partial(jaxrnn.gradient_flow, **options),
+        "hidden_states": partial(states, jaxrnn.hidden_states),
+        "unroll": partial(states, jaxrnn.unroll),
+        "update": update,
+    }
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("name", with_explicit_sharding())
+def test_explicit_sharding_gives_the_same_results(name, options, tokens):
+    """The batch is split over the mesh, and JAX propagates its sharding in the types."""
+    case = random_case(
+        3, dtype=np.float32, T=37, batch_shape=(8,), sizes=(3, 5, 2), loss="cross_entropy",
+        labels=True, mask=options, reset=options, weights=options, drive=options, tokens=tokens,
+        h_0=False,
+    )  # fmt: skip
+    function = jax.jit(with_explicit_sharding()[name])
+    expected = function(case.params, case.batch)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(case.params, NamedSharding(mesh, P()))
+        batch = jax.device_put(case.batch, NamedSharding(mesh, P(None, "batch")))
+        assert max(relative_errors(function(params, batch), expected)) <= 1e-5
 
 
 def test_gradient_flow_inside_shard_map(mesh):
