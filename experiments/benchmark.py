@@ -33,7 +33,8 @@ from jaxrnn import Batch, Params
 class Size(NamedTuple):
     """T steps, B sequences, I inputs or tokens, H hidden units, O outputs.
 
-    The targets are labels, at every step or at the last one alone; numbers if O = 1.
+    The targets are labels, at every step or at the last one alone; numbers if O = 1. With `leak`,
+    h_t = 0.8 h_{t-1} + 0.2 f(z_t).
     """
 
     T: int
@@ -43,9 +44,10 @@ class Size(NamedTuple):
     O: int
     tokens: bool = False
     last: bool = False
+    leak: bool = False
 
     def __str__(self):
-        kinds = " tokens" * self.tokens + " last" * self.last
+        kinds = " tokens" * self.tokens + " last" * self.last + " leak" * self.leak
         return f"{self.T}, {self.B}, {self.I}, {self.H}, {self.O}{kinds}"
 
 
@@ -81,6 +83,7 @@ GROUPS = {
         Size(8, 2, 3, 4, 1, tokens=True, last=True),
     ],
 }
+GROUPS["leak"] = [size._replace(leak=True) for size in GROUPS["typical"]]
 ROWS = [(group, size) for group, sizes in GROUPS.items() for size in sizes]
 
 
@@ -88,7 +91,7 @@ ROWS = [(group, size) for group, sizes in GROUPS.items() for size in sizes]
 class Config:
     """Time and memory of value and gradient: jaxrnn and its peers, measured in one run."""
 
-    rows: tuple[str, ...] = ("typical", "wide", "tiny")
+    rows: tuple[str, ...] = ("typical", "wide", "tiny", "leak")
     """Rows of the table: groups of sizes, or the numbers that the table prints."""
     repeats: int = 9
     """Timed calls of each method at each size, at least."""
@@ -133,7 +136,7 @@ SMOKE = {"rows": ("smoke",), "repeats": 1, "seconds": 0.0}
 
 
 def make_data(size: Size, dtype: str) -> tuple[Params, Batch]:
-    T, B, I, H, O, tokens, last = size
+    T, B, I, H, O, tokens, last, _ = size
     key_params, key_xs, key_targets = jax.random.split(jax.random.key(0), 3)
     params = jaxrnn.init(key_params, I, H, O, dtype=jnp.dtype(dtype))
     if tokens:
@@ -216,7 +219,8 @@ def measure(config: Config, size: Size, process: Executor) -> list[dict]:
       AssertionError: a method returns another loss or gradient than the plain scan.
     """
     params, batch = make_data(size, config.dtype)
-    methods = peers.methods(params, batch, config.devices, config.baseline)
+    leak = 0.2 if size.leak else None
+    methods = peers.methods(params, batch, config.devices, config.baseline, leak)
     compiled = {name: compile_for(*method) for name, method in methods.items()}
     expected = {
         name: method.call() for name, method in compiled.items() if name.startswith("plain scan")
@@ -231,7 +235,7 @@ def measure(config: Config, size: Size, process: Executor) -> list[dict]:
     functions = {name: method.call for name, method in compiled.items()}
     times = time_in_turn(functions, config.repeats, config.seconds)
     calls = len(times["bptt"])
-    if config.baseline is None and peers.versions()["torch"]:
+    if config.baseline is None and leak is None and peers.versions()["torch"]:
         value, grads, times["torch"] = time_torch(config, params, batch, calls, process)
         check_agreement(config, "torch", (value, grads), expected["plain scan"])
     return [

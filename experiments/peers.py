@@ -76,11 +76,16 @@ def zero_state(params: Params, batch: Batch) -> Array:
     return jnp.zeros((batch.xs.shape[1], params.W_h.shape[0]), params.W_h.dtype)
 
 
-def plain_scan(params: Params, batch: Batch, activation: Activation = jaxrnn.tanh) -> Array:
+def plain_scan(
+    params: Params,
+    batch: Batch,
+    activation: Activation = jaxrnn.tanh,
+    leak: float | None = None,
+) -> Array:
     """A scan over the cell: the usual first version."""
 
     def body(h, x):
-        h, y = jaxrnn.step(params, h, x, activation=activation)
+        h, y = jaxrnn.step(params, h, x, activation=activation, leak=leak)
         return h, (y if batch.weights is None else None)
 
     h_T, ys = lax.scan(body, zero_state(params, batch), batch.xs)
@@ -213,11 +218,15 @@ def without_state(gradient_fn: Callable) -> Gradient:
     return value_and_grad
 
 
-def gradients_of(library: ModuleType, batch: Batch) -> dict[str, Gradient]:
+def gradients_of(
+    library: ModuleType, batch: Batch, leak: float | None = None
+) -> dict[str, Gradient]:
     """The gradients of jaxrnn, or of another version of it, by name."""
-    loss = getattr(library, loss_name(batch))
-    bptt = partial(library.bptt, loss=loss)
-    autodiff = jax.value_and_grad(partial(library.sequence_loss, loss=loss), has_aux=True)
+    options: dict = {"loss": getattr(library, loss_name(batch))}
+    if leak is not None:
+        options["leak"] = leak
+    bptt = partial(library.bptt, **options)
+    autodiff = jax.value_and_grad(partial(library.sequence_loss, **options), has_aux=True)
     near_root = max(1, round(len(batch.xs) ** 0.5))
     return {
         "sequence_loss": without_state(autodiff),
@@ -245,28 +254,31 @@ def load_baseline(checkout: Path) -> ModuleType:
 
 
 def methods(
-    params: Params, batch: Batch, devices: int, baseline: Path | None
+    params: Params, batch: Batch, devices: int, baseline: Path | None, leak: float | None
 ) -> dict[str, tuple[Callable, tuple]]:
     """Each gradient function that is timed in this process, with its arguments, by name.
 
-    "bptt, K" stores the state of every K-th step, K near sqrt(T). With a baseline, no peer but the
-    plain scan. Haiku's cell has no activation but ReLU.
+    "bptt, K" stores the state of every K-th step, K near sqrt(T). With a baseline or a leak, no
+    peer but the plain scan. Haiku's cell has no activation but ReLU.
     """
     here, loss = (params, batch), getattr(jaxrnn, loss_name(batch))
-    made: dict[str, tuple[Callable, tuple]] = {"plain scan": (jax.value_and_grad(plain_scan), here)}
-    made |= {name: (fn, here) for name, fn in gradients_of(jaxrnn, batch).items()}
+    plain = jax.value_and_grad(partial(plain_scan, leak=leak))
+    made: dict[str, tuple[Callable, tuple]] = {"plain scan": (plain, here)}
+    made |= {name: (fn, here) for name, fn in gradients_of(jaxrnn, batch, leak).items()}
     if baseline:
         old = load_baseline(baseline)
         there = old.Params(*params), old.Batch(batch.xs, batch.targets, weights=batch.weights)
-        for name, fn in gradients_of(old, batch).items():
+        for name, fn in gradients_of(old, batch, leak).items():
             made[f"{name}, baseline"] = fn, there
         return made
     if devices > 1 and batch.xs.shape[1] % devices == 0:
         mesh = Mesh(jax.devices()[:devices], ("batch",))
-        parallel = jaxrnn.data_parallel(partial(jaxrnn.bptt, loss=loss), mesh)
+        parallel = jaxrnn.data_parallel(partial(jaxrnn.bptt, loss=loss, leak=leak), mesh)
         replicated, by_sequence = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "batch"))
         placed = jax.device_put(params, replicated), jax.device_put(batch, by_sequence)
         made[f"bptt x {devices}"] = without_state(parallel), placed
+    if leak is not None:
+        return made
     made["hoisted scan"] = jax.value_and_grad(hoisted_scan), here
     installed = versions()
     if installed["Flax"]:

@@ -48,6 +48,15 @@ def test_a_baseline_is_measured_beside_the_present_version(tmp_path):
         assert memory[name] == memory[f"{name}, baseline"] > 0
 
 
+def test_a_row_with_a_leak_is_measured_beside_the_plain_scan_with_one(tmp_path):
+    number = next(n for n, (_, size) in enumerate(benchmark.ROWS) if size.leak and size.T == 256)
+    assert benchmark.run(["--smoke", "--rows", str(number), "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)
+    assert [row["method"] for row in rows][:3] == ["plain scan", "sequence_loss", "bptt"]
+    assert all(row["group"] == "leak" for row in rows)
+    assert not any(name in row["method"] for row in rows for name in peers.PACKAGES)
+
+
 def test_a_baseline_is_the_package_in_its_checkout(tmp_path):
     shutil.copytree(ROOT / "jaxrnn", tmp_path / "jaxrnn")
     init = tmp_path / "jaxrnn" / "__init__.py"
@@ -109,7 +118,7 @@ def test_only_methods_of_one_activation_and_version_are_compared():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rows", "22"], "--rows: expected typical, .*, smoke or a number below 22, got 22"),
+        (["--rows", "34"], "--rows: expected typical, .*, leak or a number below 34, got 34"),
         (["--rows", "narrow"], "--rows: expected .* got narrow"),
         (["--baseline", "/no"], "--baseline: expected a folder that holds jaxrnn/, got /no"),
     ],
