@@ -100,6 +100,8 @@ def test_a_value_out_of_range_is_one_line_before_anything_else(
         ("polyphonic_music", {"learning_rates": (1.0, 1.0, -1.0)}, "--learning-rates: .* -1.0"),
         ("polyphonic_music", {"seed": 2**32}, "--seed: expected .*, got 4294967296"),
         ("char_sweep", {"hidden_sizes": (4, 0)}, "--hidden-sizes: expected at least 1, got 0"),
+        ("adding", {"regularizer": -1.0}, "--regularizer: expected at least 0, got -1.0"),
+        ("adding", {"regularizer": float("nan")}, "--regularizer: expected at least 0, got nan"),
         ("benchmark", {"repeats": 0}, "--repeats: expected at least 1, got 0"),
     ],
 )
