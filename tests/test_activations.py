@@ -43,7 +43,7 @@ def test_the_derivative_of_relu_at_zero_is_zero():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough(range(3), range(6)))
+@pytest.mark.parametrize("structure", default_and_thorough([1, 2, 3], range(6)))
 def test_a_function_without_df_is_differentiated_by_autodiff(structure):
     """The derivative of gelu does not follow from its value."""
     case = random_case(structure, checkpoint_every=3)
