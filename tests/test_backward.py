@@ -31,7 +31,7 @@ by_plain_autodiff = jax.value_and_grad(plain_loss, has_aux=True)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough([*range(16), 28], range(43)))
+@pytest.mark.parametrize("structure", default_and_thorough([0, 1, 3, 5, 7, 8, 14, 28], range(43)))
 def test_three_gradients_agree(structure, monkeypatch):
     """Structures (sizes, T, activation, loss, options) with 6 draws of all values each. Those that
     run by default have every activation, loss, option, batch shape and checkpoint_every.
@@ -53,7 +53,7 @@ def test_three_gradients_agree(structure, monkeypatch):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough(range(15), range(24)))
+@pytest.mark.parametrize("structure", default_and_thorough([0, 1, 2, 4, 8, 13, 14], range(24)))
 def test_agrees_with_the_oracle_that_uses_no_autodiff(structure):
     case = random_case(1000 + structure, largest_T=6, largest_size=3)
     by_hand = compiled(jaxrnn.bptt, case, checkpoint_every=case.checkpoint_every)
