@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, capsys):
         (InputError("--seed: expected 0, got 1"), 2, "--seed: expected 0, got 1"),
         (CheckpointError("file: expected 3 bytes"), 3, "file: expected 3 bytes"),
         (OSError(28, "No space left on device"), 3, "[Errno 28] No space left on device"),
-        (Diverged(8, 7, [1.0]), 4, "step 8: expected finite loss, gradient "),
+        (Diverged(8, 7, [1.0]), 4, "step 8: expected finite loss, gradient, "),
         (cli.Stopped(signal.SIGTERM, "saved"), 143, "SIGTERM: saved"),
         (cli.Stopped(signal.SIGINT, "saved"), 130, "SIGINT: saved"),
         (KeyboardInterrupt(), 130, "SIGINT: ended at once"),
