@@ -1,4 +1,4 @@
-"""Adding: which training methods teach a network to remember two numbers over T steps?
+"""Adding: which training methods teach a network to remember two numbers for T steps?
 
 Two of T random numbers are marked, one in each half. The target at the last step is their sum
 (Hochreiter and Schmidhuber 1997, task 4, in the version of Le, Jaitly and Hinton 2015). An output

@@ -27,12 +27,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
-from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
+from experiments.multi_seed import train_seeds, update_on_new_batches, use_all_cores
 from experiments.reports import Report, finite, mean_and_spread
 from jaxrnn import Activation, Batch
 from jaxrnn.params import Initializer
@@ -137,31 +136,23 @@ def train(config: Config, T: int, method: Method):
     clip = optax.clip_by_global_norm(config.clip)
     optimizer = optax.chain(clip, optax.adam(method.learning_rate))
     update = jaxrnn.make_update(partial(jaxrnn.bptt, activation=f), optimizer)
+    make_batch = partial(copy_batch, T=T, B=config.batch_size)
 
-    def update_on_new_batch(state, key):
-        return update(state, copy_batch(key, T, config.batch_size))
-
-    @jax.jit
-    @jax.vmap
     def updates_and_check(state, key):
         key_train, key_test = jax.random.split(key)
-        keys = jax.random.split(key_train, config.check_every)
-        state, metrics = lax.scan(update_on_new_batch, state, keys)
-        params = nan_if_skipped(state.params, metrics.skipped)
+        state = update_on_new_batches(update, make_batch, state, key_train, config.check_every)
         test_batch = copy_batch(key_test, T, config.test_size)
-        value, _ = jaxrnn.sequence_loss(params, test_batch, activation=f)
-        return state._replace(params=params), value
+        value, _ = jaxrnn.sequence_loss(state.params, test_batch, activation=f)
+        return state, value
 
     key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
     keys = jax.random.split(key_init, config.seeds)
     H = config.hidden_size
     networks = jax.vmap(lambda key: jaxrnn.init(key, 10, H, 9, W_h_init=method.W_h_init))(keys)
-    state = jax.vmap(lambda params: jaxrnn.init_state(params, optimizer))(networks)
-    state = shard_seeds(state)
-    for updates in range(config.check_every, config.updates + 1, config.check_every):
-        keys = jax.random.split(jax.random.fold_in(key_train, updates), config.seeds)
-        state, losses = updates_and_check(state, shard_seeds(keys))
-        yield updates, np.asarray(losses).tolist()
+    states = jax.vmap(lambda params: jaxrnn.init_state(params, optimizer))(networks)
+    schedule = config.updates, config.check_every
+    for updates, losses in train_seeds(updates_and_check, states, key_train, *schedule):
+        yield updates, losses.tolist()
 
 
 def lowest_losses(rows: list[dict], T: int, method: str) -> np.ndarray:

@@ -25,12 +25,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
-from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
+from experiments.multi_seed import (
+    shard_seeds,
+    train_seeds,
+    update_on_new_batches,
+    use_all_cores,
+)
 from experiments.reports import Report, finite, mean_and_spread
 from experiments.temporal_order import order_batch
 from jaxrnn import Activation, Batch, Params
@@ -146,31 +150,22 @@ def train(config: Config, f: Activation, test_batch: Batch, settings: list):
     radii, clips = zip(*settings, strict=True)
     thresholds = jnp.repeat(jnp.array([jnp.inf if c is None else c for c in clips]), config.seeds)
 
-    @jax.jit
-    @jax.vmap
-    def updates_and_check(state, threshold, key):
+    make_batch = partial(order_batch, T=config.length, B=config.batch_size)
+
+    def updates_and_check(state, key, threshold):
         rule = partial(clipped_sgd, learning_rate=config.learning_rate, threshold=threshold)
         update = jaxrnn.make_update(gradient_fn, rule)
-
-        def update_on_new_batch(state, key):
-            return update(state, order_batch(key, config.length, config.batch_size))
-
-        keys = jax.random.split(key, config.check_every)
-        state, metrics = lax.scan(update_on_new_batch, state, keys)
-        params = nan_if_skipped(state.params, metrics.skipped)
-        value, _ = jaxrnn.sequence_loss(params, test_batch, activation=f)
-        factor = factor_per_step(relative_norms(params, test_batch, f))
-        return state._replace(params=params), (value, factor)
+        state = update_on_new_batches(update, make_batch, state, key, config.check_every)
+        value, _ = jaxrnn.sequence_loss(state.params, test_batch, activation=f)
+        factor = factor_per_step(relative_norms(state.params, test_batch, f))
+        return state, (value, factor)
 
     networks = init_networks(config, radii)
     # A rule has no state, so any rule initialises that of all thresholds.
-    state = jax.vmap(lambda params: jaxrnn.init_state(params, clipped_sgd))(networks)
-    state, thresholds = shard_seeds((state, thresholds))
-    for updates in range(config.check_every, config.updates + 1, config.check_every):
-        key_train = jax.random.fold_in(jax.random.key(config.seed + 2), updates)
-        keys = jax.random.split(key_train, len(thresholds))
-        state, results = updates_and_check(state, thresholds, shard_seeds(keys))
-        yield updates, [np.asarray(values).reshape(len(settings), -1) for values in results]
+    states = jax.vmap(lambda params: jaxrnn.init_state(params, clipped_sgd))(networks)
+    arguments = jax.random.key(config.seed + 2), config.updates, config.check_every, thresholds
+    for updates, results in train_seeds(updates_and_check, states, *arguments):
+        yield updates, [values.reshape(len(settings), -1) for values in results]
 
 
 def plot_seeds(ax, x, values, color, label=None):

@@ -1,6 +1,6 @@
 """Shared by temporal_order and adding: settings, four training methods, and the figure.
 
-Both tasks require the network to remember an input over T steps. The methods:
+Both tasks require the network to remember an input for T steps. The methods:
 
     tanh                    Adam
     + clipping              Adam, with the norm of the gradient clipped
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
-from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
+from experiments.multi_seed import stack, train_seeds, update_on_new_batches, use_all_cores
 from experiments.regularizer import regularizer
 from experiments.reports import Report
 from jaxrnn import Activation, Batch, Loss, Params
@@ -77,6 +77,7 @@ class Config:
         counts = ("lengths", "updates", "hidden_size", "check_every", "test_size", "batch_size")
         cli.expect_at_least(1, self, *counts, "seeds")
         cli.expect_positive(self, "learning_rate", "identity_learning_rate", "clip")
+        cli.expect_at_least(0, self, "regularizer")
         cli.expect_multiple(self, "updates", of="check_every")
         cli.expect_seed(self)
 
@@ -175,8 +176,7 @@ def methods(config: Config) -> list[Method]:
 def init_networks(config: Config, task: Task, method: Method, key) -> Params:
     """The initial parameters of all seeds, stacked."""
     sizes = task.input_size, config.hidden_size, task.output_size
-    networks = [method.init(key_seed, *sizes) for key_seed in jax.random.split(key, config.seeds)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
+    return stack([method.init(key_n, *sizes) for key_n in jax.random.split(key, config.seeds)])
 
 
 def make_gradient_fn(task: Task, method: Method):
@@ -214,27 +214,20 @@ def train(config: Config, task: Task, T: int, method: Method):
     optimizer = optax.chain(clip, optax.adam(method.learning_rate))
     update = jaxrnn.make_update(make_gradient_fn(task, method), optimizer)
 
-    def update_on_new_batch(state, key):
-        return update(state, task.batch(key, T, config.batch_size))
+    def make_batch(key):
+        return task.batch(key, T, config.batch_size)
 
-    @jax.jit
-    @jax.vmap
     def updates_and_check(state, key):
         key_train, key_test = jax.random.split(key)
-        keys = jax.random.split(key_train, config.check_every)
-        state, metrics = lax.scan(update_on_new_batch, state, keys)
-        params = nan_if_skipped(state.params, metrics.skipped)
-        errors = error_rate(config, task, T, method.activation, params, key_test)
-        return state._replace(params=params), errors
+        state = update_on_new_batches(update, make_batch, state, key_train, config.check_every)
+        return state, error_rate(config, task, T, method.activation, state.params, key_test)
 
     key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
     networks = init_networks(config, task, method, key_init)
-    state = jax.vmap(lambda params: jaxrnn.init_state(params, optimizer))(networks)
-    state = shard_seeds(state)
-    for updates in range(config.check_every, config.updates + 1, config.check_every):
-        keys = jax.random.split(jax.random.fold_in(key_train, updates), config.seeds)
-        state, errors = updates_and_check(state, shard_seeds(keys))
-        yield updates, np.asarray(errors).tolist()
+    states = jax.vmap(lambda params: jaxrnn.init_state(params, optimizer))(networks)
+    schedule = config.updates, config.check_every
+    for updates, errors in train_seeds(updates_and_check, states, key_train, *schedule):
+        yield updates, errors.tolist()
 
 
 def updates_until_solved(rows: list[dict], T: int, method: str) -> list[int | None]:

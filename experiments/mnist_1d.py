@@ -35,7 +35,7 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import cli
 from experiments.cli import InputError
-from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
+from experiments.multi_seed import nan_if_skipped, shard_seeds, stack, use_all_cores
 from experiments.reports import Report, mean_and_spread
 from jaxrnn import Activation, Batch, Params
 from jaxrnn.epochs import shuffled_epoch
@@ -263,7 +263,7 @@ def draw(rows: list[dict]):
 def main(config: Config) -> dict:
     use_all_cores()
     report = Report(config)
-    data = jax.tree.map(lambda *leaves: jnp.stack(leaves), load(config, False), load(config, True))
+    data = stack([load(config, False), load(config, True)])
     runs = [(readout, name) for readout in readouts(config) for name in config.methods]
     key, results = jax.random.key(config.seed), []
     with tqdm(runs, unit="run", disable=None) as bar:
@@ -272,8 +272,8 @@ def main(config: Config) -> dict:
             f, W_h_init = METHODS[name]
             keys = jax.random.split(jax.random.fold_in(key, n), (2, config.seeds))
             networks = [init_network(config, key_init, W_h_init, readout) for key_init in keys[0]]
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
-            accuracies = train(config, f, readout, *shard_seeds((stacked, keys[1])), data)
+            seeds = shard_seeds((stack(networks), keys[1]))
+            accuracies = train(config, f, readout, *seeds, data)
             training, test = np.asarray(accuracies).swapaxes(1, 2)
             for k, curves in enumerate(PUBLISHED):
                 row = {"data": curves, "readout": readout.name, "method": name}

@@ -5,17 +5,31 @@ Seeds do not communicate, so the cores of a CPU, one device each, train them sid
 
 import contextlib
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
+
+from jaxrnn import Batch, TrainState
 
 
 def use_all_cores() -> None:
     """Makes each core of the CPU a device, unless JAX has started already."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", os.cpu_count())
+
+
+def stack(trees):
+    """One tree whose leaves are those of the trees, stacked along a new first axis.
+
+    >>> stack([(1.0, jnp.zeros(2)), (3.0, jnp.ones(2))])[1].shape
+    (2, 2)
+    """
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def shard_seeds(tree):
@@ -45,3 +59,38 @@ def nan_if_skipped(tree, skipped: ArrayLike):
     """
     diverged = jnp.any(jnp.asarray(skipped) > 0)
     return jax.tree.map(lambda leaf: jnp.where(diverged, jnp.nan, leaf), tree)
+
+
+def update_on_new_batches(
+    update: Callable, make_batch: Callable[..., Batch], state: TrainState, key, count: int
+) -> TrainState:
+    """The state after `count` updates, each on a new batch `make_batch(key)`.
+
+    The parameters of a network that has diverged are NaN.
+    """
+    keys = jax.random.split(key, count)
+    state, metrics = lax.scan(lambda state, key: update(state, make_batch(key)), state, keys)
+    return state._replace(params=nan_if_skipped(state.params, metrics.skipped))
+
+
+def train_seeds(
+    updates_and_check: Callable, states: TrainState, key, updates: int, check_every: int, *settings
+):
+    """Trains all networks at once; yields the updates so far and the results of each check.
+
+    Args:
+      updates_and_check: (state, key, *settings) -> (state, results), of one network:
+        `check_every` updates and a check.
+      states: the initial states of all networks, stacked.
+      key: of all batches.
+      updates: the number of updates.
+      check_every: the number of updates between checks; a divisor of `updates`.
+      *settings: arrays with a value for each network.
+    """
+    networks = len(states.step)
+    states, settings = shard_seeds((states, settings))
+    run = jax.jit(jax.vmap(updates_and_check))
+    for done in range(check_every, updates + 1, check_every):
+        keys = jax.random.split(jax.random.fold_in(key, done), networks)
+        states, results = run(states, shard_seeds(keys), *settings)
+        yield done, jax.tree.map(np.asarray, results)

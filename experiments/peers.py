@@ -158,6 +158,20 @@ def floor(params: Params, batch: Batch, hs: Array, ys: Array) -> list[Array]:
     return products
 
 
+def torch_layers(params: Params, device: str) -> tuple[Any, Any, list]:
+    """`torch.nn.RNN`, the readout, and their parameters in the order of Params, of NumPy arrays."""
+    torch: Any = importlib.import_module("torch")
+    dtype = torch.float32 if params.W_h.dtype == np.float32 else torch.bfloat16
+    (H, I), O = params.W_x.shape, len(params.b_y)
+    rnn, linear = torch.nn.RNN(I, H).to(device, dtype), torch.nn.Linear(H, O).to(device, dtype)
+    leaves = [rnn.weight_ih_l0, rnn.weight_hh_l0, linear.weight, rnn.bias_ih_l0, linear.bias]
+    with torch.no_grad():
+        rnn.bias_hh_l0.zero_()
+        for leaf, value in zip(leaves, params, strict=True):
+            leaf.copy_(torch.tensor(value.astype(np.float32)))
+    return rnn, linear, leaves
+
+
 def time_torch(
     params: Params, batch: Batch, repeats: int, *, gpu: bool, tf32: bool
 ) -> tuple[float, Params, list[float]]:
@@ -169,26 +183,18 @@ def time_torch(
     torch: Any = importlib.import_module("torch")
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    dtype = torch.float32 if params.W_h.dtype == np.float32 else torch.bfloat16
+    rnn, linear, leaves = torch_layers(params, device)
+    I, dtype = rnn.input_size, rnn.weight_hh_l0.dtype
 
     def tensor(leaf):
         if np.issubdtype(leaf.dtype, np.integer):
             return torch.tensor(leaf, device=device, dtype=torch.int64)
         return torch.tensor(leaf.astype(np.float32), device=device, dtype=dtype)
 
-    W_x, W_h, W_y, b_h, b_y = map(tensor, params)
-    rnn = torch.nn.RNN(W_x.shape[1], W_h.shape[0]).to(device, dtype)
-    linear = torch.nn.Linear(*W_y.shape[::-1]).to(device, dtype)
-    leaves = [rnn.weight_ih_l0, rnn.weight_hh_l0, linear.weight, rnn.bias_ih_l0, linear.bias]
-    with torch.no_grad():
-        rnn.bias_hh_l0.zero_()
-        for leaf, value in zip(leaves, (W_x, W_h, W_y, b_h, b_y), strict=True):
-            leaf.copy_(value)
     xs, targets = tensor(batch.xs), counted(tensor(batch.targets), batch)
 
     def call():
-        inputs = torch.nn.functional.one_hot(xs, W_x.shape[1]).to(dtype) if xs.ndim == 2 else xs
-        hs, _ = rnn(inputs)
+        hs, _ = rnn(torch.nn.functional.one_hot(xs, I).to(dtype) if xs.ndim == 2 else xs)
         ys = linear(counted(hs, batch)).float()
         if loss_name(batch) == "cross_entropy":
             value = torch.nn.functional.cross_entropy(ys.flatten(0, 1), targets.flatten())

@@ -150,7 +150,11 @@ class Run:
     def _check_settings(self, found: checkpoints.Checkpoint) -> dict:
         """The checkpoint's note, once its settings are known to equal those of this run."""
         note = found.note if isinstance(found.note, dict) else {}
-        stored = note.get("settings", {})
+        stored = note.get("settings")
+        if not isinstance(stored, dict):
+            raise InputError(
+                f"{self.folder}: expected checkpoints of an experiment, got one without settings"
+            )
         for name, value in self.settings.items():
             if stored.get(name) != value:
                 raise InputError(

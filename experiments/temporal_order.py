@@ -1,4 +1,4 @@
-"""Temporal order: which training methods teach a network to remember two symbols over T steps?
+"""Temporal order: which training methods teach a network to remember two symbols for T steps?
 
 Two of the T symbols are relevant, one between 10 and 20 % of the sequence and one between 50 and
 60 %; the others are distractors. The network classifies which two symbols they were, in order

@@ -26,26 +26,38 @@ if jaxlib.version.__version_info__ <= (0, 11, 0):
 DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("XLA_FLAGS", f"{FAST_COMPILATION} {DEVICES}")
 
+COMPILATION_CACHE = pytest.StashKey[str]()
+
 # The first example compiles; how long that takes says nothing. The same examples every time.
 hypothesis.settings.register_profile("jaxrnn", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("jaxrnn")
 
 
-def default_and_thorough(default, count: int) -> list:
-    """The cases 0 to count - 1, of which those not in `default` are marked thorough."""
-    return [
-        n if n in default else pytest.param(n, marks=pytest.mark.thorough) for n in range(count)
-    ]
+def default_and_thorough(default, cases) -> list:
+    """The cases, of which those not in `default` are marked thorough."""
+    assert set(default) <= set(cases)
+    thorough = pytest.mark.thorough
+    return [case if case in default else pytest.param(case, marks=thorough) for case in cases]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "thorough: runs only with JAXRNN_THOROUGH=1")
-    # Many tests compile the same program; each process compiles it once.
-    folder = tempfile.TemporaryDirectory()
-    config.add_cleanup(folder.cleanup)
-    jax.config.update("jax_compilation_cache_dir", folder.name)
+    # Many tests compile the same program; all processes of a run together compile it once.
+    if hasattr(config, "workerinput"):
+        folder = config.workerinput["compilation_cache"]
+    else:
+        temporary = tempfile.TemporaryDirectory()
+        config.add_cleanup(temporary.cleanup)
+        folder = config.stash[COMPILATION_CACHE] = temporary.name
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Hands the folder to a process that pytest-xdist starts."""
+    node.workerinput["compilation_cache"] = node.config.stash[COMPILATION_CACHE]
 
 
 def pytest_collection_modifyitems(config, items):

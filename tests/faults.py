@@ -1,8 +1,156 @@
-"""Modules of the package with a fault planted in their source."""
+"""Faults: what is replaced in the source of the package, and by what."""
 
 import inspect
 import re
 import types
+
+BACKWARD = {
+    "f' forgotten": ("f_prime * dh)", "dh)"),
+    "f' forgotten in what flows back, as textbooks print it": ("dz @ W_h", "dh @ W_h"),
+    "f' of another quantity": ("derivatives(activation, leak, hs, fs, partial",
+                                "derivatives(activation, leak, dhs_y, fs, partial"),
+    "W_h transposed": ("dz @ W_h", "dz @ W_h.T"),
+    "W_y transposed": ("dhs_y = dys @ params.W_y", "dhs_y = dys @ params.W_y.T"),
+    "dW_h transposed": ("outer_sum(dzs, hs_before, dtype)",
+                        "outer_sum(dzs, hs_before, dtype).T"),
+    "forward in time": ("inputs, reverse=True, unroll", "inputs, unroll"),
+    "blocks forward in time": ("K, saved, reverse=True)", "K, saved)"),
+    "no recurrence": ("dh = dh_y + dh_next", "dh = dh_y"),
+    "no output error": ("dh = dh_y + dh_next", "dh = dh_next"),
+    "mask ignored in dz": ("where_exists(valid, f_prime * dh)", "f_prime * dh"),
+    "gradient not held over a masked step": (
+        "hold(valid, unless_reset(reset_t, dh_before), dh_next)", "unless_reset(reset_t, dh_before)"
+    ),
+    "mask a step late": ("f_primes, leak, block.mask,",
+                         "f_primes, leak, jnp.roll(block.mask, 1, 0),"),
+    "reset ignored": ("unless_reset(reset_t, dh_before)", "dh_before"),
+    "reset a step late": ("dh_y + dh_next", "dh_y + unless_reset(reset_t, dh_next)"),
+    "reset ignored in h_{t-1}": ("hs_before = previous(hs, h_0, block.mask, block.reset)",
+                                 "hs_before = previous(hs, h_0, block.mask, None)"),
+    "h_t for h_{t-1}": ("outer_sum(dzs, hs_before, dtype)",
+                        "outer_sum(dzs, hs, dtype)"),
+    "h_0 left out of dW_h": ("hs_before = previous(hs, h_0, block.mask, block.reset)",
+                             "hs_before = previous(hs, 0 * h_0, block.mask, block.reset)"),
+    "dW_h skips the first step": ("outer_sum(dzs, hs_before, dtype)",
+                                  "outer_sum(dzs[1:], hs_before[1:], dtype)"),
+    "db_h skips the last step": ("bias_sum(dzs, dtype)", "bias_sum(dzs[:-1], dtype)"),
+    "db_y skips the first step": ("bias_sum(dys, dtype)", "bias_sum(dys[1:], dtype)"),
+    "db_h times 0.99": ("b_h=bias_sum(dzs, dtype)", "b_h=bias_sum(dzs, dtype) * 0.99"),
+    "dW_h times 1.01": ("outer_sum(dzs, hs_before, dtype)",
+                        "1.01 * outer_sum(dzs, hs_before, dtype)"),
+    "one element of dW_y zero": ("outer_sum(dys, hs_y, dtype)",
+                                 "outer_sum(dys, hs_y, dtype).at[0, 0].set(0)"),
+    "weights ignored": ("weights[..., None] * loss.error(ys, targets)", "loss.error(ys, targets)"),
+    "divided by all steps": ("step_weights(batch, dtype).sum())",
+                             "jnp.asarray(batch.mask.size, dtype))"),
+    "sign of the error": ("loss.error(ys, targets)", "-loss.error(ys, targets)"),
+    "blocks not joined": ("return (dh_next, jax.tree", "return (0 * dh_next, jax.tree"),
+    "gradient of one block alone": ("jax.tree.map(jnp.add, sums, block_sums)", "block_sums"),
+    "steps of two blocks counted twice": ("mask & per_step(is_new, mask)", "mask"),
+    "last block left out": ("jnp.arange(-(-T // K))", "jnp.arange(T // K)"),
+    "last block a step late": ("arange(K) >= start", "arange(K) > start"),
+    "every block from the first state": (
+        "h, states = saved\n", "h, states = saved\n        h = h_0\n"
+    ),
+    "recomputed from a zero state": ("block, h, activation, leak) if states is None",
+                                     "block, h_0, activation, leak) if states is None"),
+}  # fmt: skip
+
+FORWARD = {
+    "W_h transposed": ("h_before @ W_h.T  #", "h_before @ W_h  #"),
+    "no recurrence": ("z_x + h_before @ W_h.T  #", "z_x  #"),
+    "f forgotten": ("f_z = activation.f(z)", "f_z = z"),
+    "mask ignored": ("h = hold(valid, leaky(leak, h_before, f_z), h)",
+                     "h = leaky(leak, h_before, f_z)"),
+    "reset ignored": ("h_before = unless_reset(reset_t, h)\n", "h_before = h\n"),
+    "reset after the step": (
+        "return h, (h, None",
+        "return unless_reset(reset_t, h), (h, None",
+    ),
+    "b_h forgotten": ("@ params.W_x.T, params.b_h)", "@ params.W_x.T, 0 * params.b_h)"),
+    "b_y forgotten": ("hs @ params.W_y.T, params.b_y)", "hs @ params.W_y.T, 0 * params.b_y)"),
+}  # fmt: skip
+
+TANGENT = {
+    "f' forgotten": ("f_prime * (z_dot", "(z_dot"),
+    "f' of the step before": ("derivatives(activation, leak, hs, fs, zs)",
+                              "derivatives(activation, leak, hs_before, fs, zs)"),
+    "W_h transposed": ("h_dot_before @ W_h.T", "h_dot_before @ W_h"),
+    "no recurrence": ("(z_dot + h_dot_before @ W_h.T)", "z_dot"),
+    "reset ignored": ("h_dot_before = unless_reset(reset_t, h_dot)", "h_dot_before = h_dot"),
+    "mask ignored": ("h_dot = hold(valid, h_dot_new, h_dot)", "h_dot = h_dot_new"),
+    "h_t for h_{t-1}": ("zs_x_dot + hs_before @ W_h_dot.T", "zs_x_dot + hs @ W_h_dot.T"),
+    "reset ignored in h_{t-1}": ("hs_before = previous(hs, h_0, mask, reset)",
+                                 "hs_before = previous(hs, h_0, mask, None)"),
+    "h_0 left out of W_h_dot h_{t-1}": ("hs_before = previous(hs, h_0, mask, reset)",
+                                        "hs_before = previous(hs, 0 * h_0, mask, reset)"),
+    "h_0_dot forgotten": ("body, h_0_dot, inputs", "body, 0 * h_0_dot, inputs"),
+}  # fmt: skip
+
+LEAK = {
+    "alpha forgotten in dz": ("f_primes if leak is None else leak * f_primes", "f_primes"),
+    "1 - alpha forgotten in dh": ("dh_before + (1 - leak) * dh\n", "dh_before + dh\n"),
+    "dh not passed on": ("dh_before + (1 - leak) * dh\n", "dh_before\n"),
+    "dz passed on for dh": ("dh_before + (1 - leak) * dh\n", "dh_before + (1 - leak) * dz\n"),
+    "dh passes a reset": (
+        "unless_reset(reset_t, dh_before)",
+        "(unless_reset(reset_t, dh_before) + jnp.where(per_step(reset_t, dh), (1 - leak) * dh, 0))",
+    ),
+    "f' read off h": ("activation.df(hs if fs is None else fs)", "activation.df(hs)"),
+    "drive left out": ("zs_x if drive is None else", "zs_x if True else"),
+    "alpha and 1 - alpha exchanged": ("(1 - leak) * h + leak * f_z", "leak * h + (1 - leak) * f_z"),
+    "leak from the state before a reset": ("leaky(leak, h_before,", "leaky(leak, h,"),
+}  # fmt: skip
+
+LEAK_TANGENT = {
+    "1 - alpha forgotten": ("h_dot_new + (1 - leak) * h_dot_before", "h_dot_new + h_dot_before"),
+    "drive read where masked": ("where_exists(mask, drive.astype(zs_x.dtype))",
+                                "drive.astype(zs_x.dtype)"),
+    "no leak": ("h_dot_new + (1 - leak) * h_dot_before", "h_dot_new"),
+    "leak from the state before a reset": ("(1 - leak) * h_dot_before", "(1 - leak) * h_dot"),
+    "alpha forgotten in f'": ("f_primes if leak is None else leak * f_primes", "f_primes"),
+    "no derivative by alpha": ("h_dot_new + leak_dot", "h_dot_new"),
+    "h_{t-1} forgotten in the derivative by alpha": ("(fs - hs_before)", "fs"),
+    "z without the recurrence": ("return zs_x + hs_before @ W_h.T", "return zs_x"),
+    "f' read off h": ("activation.df(hs if fs is None else fs)", "activation.df(hs)"),
+}  # fmt: skip
+
+UPDATE = {
+    "gradient ascent": ("p - jnp.asarray", "p + jnp.asarray"),
+    "a bad update is applied": ("jnp.where, finite)", "jnp.where, True)"),
+    "h_T may be NaN": ("(value, norm, params, h))", "(value, norm, params))"),
+    "the value may be NaN": ("(value, norm, params, h))", "(norm, params, h))"),
+    "consecutive skips not counted": ("state.skipped + 1)", "1)"),
+    "skips counted for ever": ("jnp.where(finite, 0, state.skipped + 1)",
+                               "state.skipped + jnp.where(finite, 0, 1)"),
+    "step not counted": ("TrainState(state.step + 1,", "TrainState(state.step,"),
+    "h not carried": ("else lax.stop_gradient(h_T)", "else state.h"),
+    "h not passed": ("batch, state.h, **keywords", "batch, 0 * state.h, **keywords"),
+    "one key for all updates": ("jax.random.fold_in(state.key, state.step)", "state.key"),
+    "norm of the parameters": ("d.astype(dtype), grads))", "d.astype(dtype), state.params))"),
+    "all steps counted": ("step_weights(batch, dtype).sum(), skipped)",
+                          "jnp.asarray(batch.mask.size, dtype), skipped)"),
+}  # fmt: skip
+
+VARIATIONS = {
+    "f' forgotten in what flows back, as textbooks print it",
+    "W_y transposed",
+    "blocks forward in time",
+    "no output error",
+    "mask a step late",
+    "reset a step late",
+    "reset ignored in h_{t-1}",
+    "dW_h skips the first step",
+    "db_h skips the last step",
+    "db_h times 0.99",
+    "one element of dW_y zero",
+    "gradient of one block alone",
+    "last block a step late",
+    "every block from the first state",
+}
+"""Faults in the backward pass that are much like another one."""
+
+LEAK_VARIATIONS = {"dh not passed on", "no leak"}
 
 
 def with_fault(modules, right: str, wrong: str) -> types.ModuleType:

@@ -31,7 +31,7 @@ by_plain_autodiff = jax.value_and_grad(plain_loss, has_aux=True)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough([*range(16), 28], 43))
+@pytest.mark.parametrize("structure", default_and_thorough([0, 1, 3, 5, 7, 8, 14, 28], range(43)))
 def test_three_gradients_agree(structure, monkeypatch):
     """Structures (sizes, T, activation, loss, options) with 6 draws of all values each. Those that
     run by default have every activation, loss, option, batch shape and checkpoint_every.
@@ -53,7 +53,7 @@ def test_three_gradients_agree(structure, monkeypatch):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough(range(15), 24))
+@pytest.mark.parametrize("structure", default_and_thorough([0, 1, 2, 4, 8, 13, 14], range(24)))
 def test_agrees_with_the_oracle_that_uses_no_autodiff(structure):
     case = random_case(1000 + structure, largest_T=6, largest_size=3)
     by_hand = compiled(jaxrnn.bptt, case, checkpoint_every=case.checkpoint_every)
@@ -202,6 +202,6 @@ def test_tokens_of_8_bits_equal_tokens_of_32(dtype):
     tokens = jnp.arange(100, 124).reshape(6, 4)
     batch = Batch(tokens, tokens % 2)
     short = batch._replace(xs=tokens.astype(dtype))
-    for gradient_fn in (jaxrnn.bptt, by_autodiff):
+    for gradient_fn in map(jax.jit, (jaxrnn.bptt, by_autodiff)):
         results = gradient_fn(params, short), gradient_fn(params, batch)
         assert max(relative_errors(*results)) == 0

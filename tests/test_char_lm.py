@@ -256,6 +256,7 @@ def test_control_characters_are_escaped_on_a_terminal_only(monkeypatch, capsys):
     assert capsys.readouterr().out == "a\\x1b[2J\\x9b\\r\n\t🙂\n"
 
 
+@pytest.mark.thorough
 def test_a_sample_survives_an_ascii_terminal(text, tmp_path):
     """Emoji in the text, and a process whose output is ASCII."""
     emoji = tmp_path / "emoji.txt"

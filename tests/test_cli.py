@@ -100,6 +100,8 @@ def test_a_value_out_of_range_is_one_line_before_anything_else(
         ("polyphonic_music", {"learning_rates": (1.0, 1.0, -1.0)}, "--learning-rates: .* -1.0"),
         ("polyphonic_music", {"seed": 2**32}, "--seed: expected .*, got 4294967296"),
         ("char_sweep", {"hidden_sizes": (4, 0)}, "--hidden-sizes: expected at least 1, got 0"),
+        ("adding", {"regularizer": -1.0}, "--regularizer: expected at least 0, got -1.0"),
+        ("adding", {"regularizer": float("nan")}, "--regularizer: expected at least 0, got nan"),
         ("benchmark", {"repeats": 0}, "--repeats: expected at least 1, got 0"),
     ],
 )
@@ -121,7 +123,7 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, capsys):
         (InputError("--seed: expected 0, got 1"), 2, "--seed: expected 0, got 1"),
         (CheckpointError("file: expected 3 bytes"), 3, "file: expected 3 bytes"),
         (OSError(28, "No space left on device"), 3, "[Errno 28] No space left on device"),
-        (Diverged(8, 7, [1.0]), 4, "step 8: expected finite loss, gradient "),
+        (Diverged(8, 7, [1.0]), 4, "step 8: expected finite loss, gradient, "),
         (cli.Stopped(signal.SIGTERM, "saved"), 143, "SIGTERM: saved"),
         (cli.Stopped(signal.SIGINT, "saved"), 130, "SIGINT: saved"),
         (KeyboardInterrupt(), 130, "SIGINT: ended at once"),

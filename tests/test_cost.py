@@ -11,6 +11,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch
+from tests.conftest import default_and_thorough
 from tests.reference import plain_loss
 
 by_autodiff = jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)
@@ -33,7 +34,7 @@ def near_root(T):
     return partial(jaxrnn.bptt, checkpoint_every=round(T**0.5))
 
 
-@pytest.mark.parametrize("T", [640, 1024, 2000])
+@pytest.mark.parametrize("T", default_and_thorough([640], [640, 1024, 2000]))
 def test_checkpointing_takes_a_tenth_of_the_memory_of_the_plain_scan(T):
     assert temporary(near_root(T), T) <= temporary(by_plain_autodiff, T) / 10
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
+from tests.conftest import default_and_thorough
 from tests.reference import random_case, relative_errors, with_defaults
 
 
@@ -28,7 +29,9 @@ def perturbed_loss(perturbations, case):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "identity"])
+@pytest.mark.parametrize(
+    "activation", default_and_thorough(["tanh", "relu"], ["tanh", "relu", "sigmoid", "identity"])
+)
 @pytest.mark.parametrize("batch_shape", [(), (2, 2)], ids=str)
 def test_flow_is_the_derivative_by_states_and_pre_activations(activation, batch_shape):
     given = dict.fromkeys(["mask", "reset", "weights", "h_0"], bool(batch_shape))

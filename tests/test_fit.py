@@ -26,6 +26,7 @@ def batch():
 REGRESSION = partial(jaxrnn.bptt, loss=jaxrnn.squared_error)
 
 
+@jax.jit
 def loss(params, batch):
     return jaxrnn.sequence_loss(params, batch, loss=jaxrnn.squared_error)[0]
 

@@ -45,7 +45,7 @@ def gradient_by(gradient_fn, case, **keywords):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough(range(8), 20))
+@pytest.mark.parametrize("structure", default_and_thorough(range(8), range(20)))
 def test_three_gradients_agree(structure, monkeypatch):
     """Six draws of all values for each structure: sizes, options, batch axes, blocks."""
     if structure % 2:
@@ -62,7 +62,7 @@ def test_three_gradients_agree(structure, monkeypatch):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", range(12))
+@pytest.mark.parametrize("structure", default_and_thorough(range(6), range(12)))
 def test_agrees_with_the_oracle_that_uses_no_autodiff(structure):
     case = draw(100 + structure, largest_T=6, largest_size=3)
     gradient = jax.jit(partial(jaxrnn.bptt, **case.keywords))
@@ -109,20 +109,23 @@ def test_unroll_and_flow_agree_with_the_plain_scan():
     case = draw(5, mask=True, reset=True, h_0=True, drive=True, batch_shape=(2, 2), T=23)
     batch, h_0 = with_defaults(*case.arguments)
     activation = case.keywords["activation"]
-    got = jaxrnn.unroll(
-        case.params, batch.xs, h_0, activation=activation, leak=case.leak, drive=batch.drive,
-        mask=batch.mask, reset=batch.reset,
-    )  # fmt: skip
-    expected = plain_unroll(
+    unroll = partial(jaxrnn.unroll, activation=activation, leak=case.leak)
+    got = jax.jit(unroll)(
+        case.params, batch.xs, h_0, drive=batch.drive, mask=batch.mask, reset=batch.reset
+    )
+    plain = jax.jit(plain_unroll, static_argnums=5)
+    expected = plain(
         case.params, batch.xs, h_0, batch.mask, batch.reset, activation, case.leak, batch.drive
     )
     assert max(relative_errors(got, expected)) <= AGREEMENT
-    flow = jaxrnn.gradient_flow(*case.arguments, **case.keywords)
+    flow = jax.jit(partial(jaxrnn.gradient_flow, **case.keywords))(*case.arguments)
 
+    @jax.jit
+    @jax.grad
     def by_drive(drive):
         return plain_loss(case.params, batch._replace(drive=drive), h_0, **case.keywords)[0]
 
-    assert max(relative_errors(flow.dzs, jax.grad(by_drive)(batch.drive))) <= AGREEMENT
+    assert max(relative_errors(flow.dzs, by_drive(batch.drive))) <= AGREEMENT
 
 
 def test_relu_units_at_zero_have_no_gradient():
@@ -131,7 +134,8 @@ def test_relu_units_at_zero_have_no_gradient():
     params = params._replace(b_h=jnp.full(40, -50.0))
     batch = Batch(jnp.ones((20, 4, 3)), jnp.zeros((20, 4), int))
     h_0 = jnp.abs(jax.random.normal(jax.random.key(1), (4, 40)))
-    _, grads = jaxrnn.bptt(params, batch, h_0, activation=jaxrnn.relu, leak=0.3)
+    by_hand = jax.jit(partial(jaxrnn.bptt, activation=jaxrnn.relu, leak=0.3))
+    _, grads = by_hand(params, batch, h_0)
     assert not grads.b_h.any()
     assert grads.W_y.any()
 
@@ -139,8 +143,8 @@ def test_relu_units_at_zero_have_no_gradient():
 @pytest.mark.parametrize("structure", range(3))
 def test_a_leak_of_1_is_no_leak(structure):
     case = random_case(structure, dtype=np.float32, T=9)
-    without = jaxrnn.bptt(*case.arguments, **case.keywords)
-    with_leak = jaxrnn.bptt(*case.arguments, **case.keywords, leak=1.0)
+    without = jax.jit(partial(jaxrnn.bptt, **case.keywords))(*case.arguments)
+    with_leak = jax.jit(partial(jaxrnn.bptt, **case.keywords, leak=1.0))(*case.arguments)
     assert max(relative_errors(with_leak, without)) <= 1e-6
 
 
@@ -149,8 +153,9 @@ def test_drive_is_not_read_where_the_mask_is_false():
     masked = ~case.batch.mask[..., None]
     spoilt = case.batch._replace(drive=jnp.where(masked, jnp.nan, case.batch.drive))
     for function in (jaxrnn.bptt, jaxrnn.gradient_flow, by_autodiff):
+        function = jax.jit(partial(function, **case.keywords))
         results = (
-            jax.tree.leaves(function(case.params, batch, case.h_0, **case.keywords))
+            jax.tree.leaves(function(case.params, batch, case.h_0))
             for batch in (case.batch, spoilt)
         )
         assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
@@ -162,10 +167,10 @@ def test_bfloat16_and_a_custom_activation():
         jnp.ones((9, 4, 3)), jnp.zeros((9, 4), int), drive=jnp.full((9, 4, 8), 0.1, jnp.float32)
     )
     options = {"activation": Activation(jax.nn.gelu), "leak": 0.5}
-    (value, h_T), grads = jaxrnn.bptt(params, batch, **options)
+    (value, h_T), grads = jax.jit(partial(jaxrnn.bptt, **options))(params, batch)
     assert (value.dtype, h_T.dtype, grads.W_h.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
-    auto = by_plain_autodiff(
-        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), batch, **options
+    auto = jax.jit(partial(by_plain_autodiff, **options))(
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), batch
     )[1]
     assert max(relative_errors(grads, auto)) <= 0.05
 
@@ -175,7 +180,7 @@ def test_a_leak_splits_over_devices():
     case = draw(1, dtype=np.float32, batch_shape=(4,), drive=True, T=8)
     gradient_fn = partial(jaxrnn.bptt, **case.keywords)
     split = jax.jit(jaxrnn.data_parallel(gradient_fn, mesh))(*case.arguments)
-    assert max(relative_errors(split, gradient_fn(*case.arguments))) <= 1e-5
+    assert max(relative_errors(split, jax.jit(gradient_fn)(*case.arguments))) <= 1e-5
 
 
 def test_softplus_has_the_derivative_of_its_function():

@@ -6,16 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import default_and_thorough
+
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 NAMES = sorted(path.stem for path in RECIPES.glob("[a-z]*.py"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_runs_and_fits_on_a_screen(name, capsys):
+@pytest.mark.parametrize(
+    "name", default_and_thorough(["jacobians", "learned_h0", "policy", "progress", "stack"], NAMES)
+)
+def test_a_recipe_runs(name, capsys):
+    """Other tests run the functions of every recipe."""
     if name.endswith("_module"):
         pytest.importorskip(name.removesuffix("_module"))
     importlib.import_module(f"experiments.recipes.{name}").main()
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_fits_on_a_screen(name):
     text = (RECIPES / f"{name}.py").read_text()
     assert len(text.splitlines()) <= 70
     assert f"\nRun: python -m experiments.recipes.{name}" in text

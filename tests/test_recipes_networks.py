@@ -173,9 +173,9 @@ def test_a_rollout_of_a_policy_is_unrolled_again_with_its_resets():
     right = actions == np.arange(B) % 2
     np.testing.assert_array_equal(rewards, ended & right)
 
-    h_T, logits = jaxrnn.unroll(params, xs, actor.h, reset=reset)
+    h_T, logits = jax.jit(jaxrnn.unroll)(params, xs, actor.h, reset=reset)
     np.testing.assert_allclose(h_T, last.h, atol=1e-14)
-    drawn = jax.vmap(jax.random.categorical)(jax.random.split(key, T), logits)
+    drawn = jax.jit(jax.vmap(jax.random.categorical))(jax.random.split(key, T), logits)
     np.testing.assert_array_equal(drawn, actions)
 
     batch = Batch(xs, actions, np.ones((T, B), bool), np.asarray(reset))

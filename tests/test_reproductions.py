@@ -17,6 +17,7 @@ from experiments import adding, cli, copy_memory, long_lag_tasks, run_state, tem
 from experiments.regularizer import regularizer
 from experiments.reports import mean_and_spread
 from jaxrnn import Batch
+from tests.conftest import default_and_thorough
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NAMES = [
@@ -40,7 +41,7 @@ def few_curves(monkeypatch):
     monkeypatch.setattr(data, "get_dataset_args", lambda: settings)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", default_and_thorough(["copy_memory", "char_sweep"], NAMES))
 def test_every_experiment_runs_and_writes_its_files(name, tmp_path, music, capsys, request):
     if name == "mnist_1d":
         request.getfixturevalue("few_curves")
@@ -63,7 +64,8 @@ def test_every_experiment_runs_and_writes_its_files(name, tmp_path, music, capsy
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_only_overwrite_discards_a_run(finished, tmp_path, capsys):
+def test_only_overwrite_discards_a_run(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(copy_memory, "train", lambda *_: [(2, [0.5, 0.5]), (4, [0.4, 0.3])])
     name = "summary.json" if finished else "metrics.jsonl"
     (tmp_path / name).write_text("{}")
     flags = ["--smoke", "--out", str(tmp_path), "--methods", "orthogonal tanh"]

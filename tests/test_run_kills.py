@@ -1,6 +1,6 @@
 """Real processes, killed or stopped at any moment, resume bit-identically.
 
-`JAXRNN_THOROUGH=1` kills 25 runs and stops 10; the default is one of each.
+`JAXRNN_THOROUGH=1` kills 25 runs and stops 10; the default kills one.
 """
 
 import json
@@ -69,7 +69,8 @@ def test_kill_9_at_any_moment(seed, text, tmp_path, uninterrupted):
     assert results(out) == uninterrupted
 
 
-@pytest.mark.parametrize("seed", range(10 if THOROUGH else 1))
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(10))
 def test_sigterm_at_any_moment(seed, text, tmp_path, uninterrupted):
     out, draw = tmp_path / "out", random.Random(seed)
     process = start_process(text, out)

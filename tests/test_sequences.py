@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import jaxrnn
 from jaxrnn import Batch
+from tests.conftest import default_and_thorough
 from tests.reference import relative_errors, separate_pieces_loss
 
 
@@ -48,11 +49,11 @@ def test_windows_with_carried_state_have_the_loss_of_the_stream():
     params = jaxrnn.init(jax.random.key(0), 2, 4, 3, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (20, 2))
     stream = Batch(xs, jax.random.randint(jax.random.key(2), (20,), 0, 3))
-    h, total = jnp.zeros(4), 0.0
+    h, total, loss = jnp.zeros(4), 0.0, jax.jit(jaxrnn.sequence_loss)
     for part in jaxrnn.windows(stream, 6):
-        value, h = jaxrnn.sequence_loss(params, part, h)
+        value, h = loss(params, part, h)
         total += value * part.xs.shape[0] / 20
-    expected, h_T = jaxrnn.sequence_loss(params, stream)
+    expected, h_T = loss(params, stream)
     np.testing.assert_allclose(total, expected, rtol=1e-13)
     np.testing.assert_allclose(h, h_T, rtol=1e-13)
 
@@ -68,7 +69,7 @@ RESETS = {
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("batch_shape", [(), (2, 4)], ids=str)
-@pytest.mark.parametrize("resets", RESETS)
+@pytest.mark.parametrize("resets", default_and_thorough(["at every step", "at random"], RESETS))
 def test_a_batch_has_the_loss_and_gradient_of_its_separate_pieces(batch_shape, resets):
     """One sequence, or eight in two batch axes: lengths 0 to T, and two masks with gaps."""
     T, rng = 5, np.random.default_rng(0)
@@ -140,9 +141,10 @@ def test_a_padded_batch_has_the_outputs_of_its_sequences():
     lengths, rng = [4, 0, 7], np.random.default_rng(0)
     sequences = [Batch(rng.normal(size=(T, 2)), rng.integers(0, 2, T)) for T in lengths]
     batch = jaxrnn.pad(sequences)
-    _, ys = jaxrnn.unroll(params, batch.xs, mask=batch.mask)
+    unroll = jax.jit(jaxrnn.unroll)
+    _, ys = unroll(params, batch.xs, mask=batch.mask)
     for sequence, got in zip(sequences, jaxrnn.unpad(ys, lengths), strict=True):
-        np.testing.assert_allclose(got, jaxrnn.unroll(params, sequence.xs)[1], rtol=1e-13)
+        np.testing.assert_allclose(got, unroll(params, sequence.xs)[1], rtol=1e-13)
 
 
 @pytest.mark.parametrize(

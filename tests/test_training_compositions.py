@@ -15,6 +15,7 @@ import jaxrnn
 from experiments.recipes import dropout, embedding, learned_h0, stack
 from jaxrnn import Batch
 from jaxrnn.serialization import to_arrays
+from tests.conftest import default_and_thorough
 from tests.recipe_cases import AGREEMENT, labelled_batch
 from tests.reference import relative_errors
 
@@ -95,7 +96,9 @@ def key_of(case, number):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", default_and_thorough(["embedding and head", "dropout", "parallel stack"], CASES)
+)
 def test_updates_follow_the_gradient_and_change_every_part(name):
     case = CASES[name]()
     params, h = to_float64((case.params, case.h_0))
@@ -121,7 +124,9 @@ def as_bytes(tree):
     return {name: array.tobytes() for name, array in to_arrays(tree).items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", default_and_thorough(["learned h_0", "dropout", "parallel stack"], CASES)
+)
 def test_fit_lowers_the_loss_and_resumes_bit_identically(name, tmp_path):
     """Windows with the state carried, or examples that are shuffled into batches of 6 and 2."""
     case = CASES[name]()
@@ -146,7 +151,12 @@ def test_fit_lowers_the_loss_and_resumes_bit_identically(name, tmp_path):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["stack", "embedding and head", "learned h_0", "dropout"])
+@pytest.mark.parametrize(
+    "name",
+    default_and_thorough(
+        ["embedding and head", "dropout"], ["stack", "embedding and head", "learned h_0", "dropout"]
+    ),
+)
 def test_data_parallel_equals_a_single_device(name):
     case = CASES[name]()
     params, h = to_float64((case.params, case.h_0))

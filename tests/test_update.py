@@ -137,11 +137,12 @@ def test_the_carried_state_continues_the_stream_and_cuts_the_gradient(batch):
     state = jaxrnn.init_state(params, rule, h=jnp.zeros((4, 5)))
     for window in jaxrnn.windows(batch, 3):
         state, metrics = update(state, window)
-    h_T, _ = jaxrnn.hidden_states(params, batch.xs)
+    hidden_states = jax.jit(jaxrnn.hidden_states)
+    h_T, _ = hidden_states(params, batch.xs)
     assert max(relative_errors(state.h, h_T)) <= 1e-12
-    h_6, _ = jaxrnn.hidden_states(params, batch.xs[:6])
+    h_6, _ = hidden_states(params, batch.xs[:6])
     last = jax.tree.map(lambda leaf: leaf[6:], batch)
-    cut = jax.grad(lambda p: jaxrnn.sequence_loss(p, last, h_6)[0])(params)
+    cut = jax.jit(jax.grad(lambda p: jaxrnn.sequence_loss(p, last, h_6)[0]))(params)
     np.testing.assert_allclose(metrics.gradient_norm, optax.tree.norm(cut), rtol=1e-12)
 
 

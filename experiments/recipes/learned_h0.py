@@ -1,7 +1,7 @@
-"""A learned initial state: one h_0 for all sequences, a parameter like the others.
+"""A learned initial state: all sequences start from one h_0, which is trained as the weights are.
 
-`bptt` returns no gradient by h_0. `sequence_loss` is differentiable by all its arguments, and
-training takes any pytree of parameters, here the pair (Params, h_0).
+`bptt` does not return the gradient with respect to h_0, but `jax.grad` of `sequence_loss` does.
+Training takes any pytree of parameters, here the pair (Params, h_0).
 Run: python -m experiments.recipes.learned_h0
 """
 
@@ -15,7 +15,7 @@ from jaxrnn import Batch
 
 
 def loss(theta, batch, h=None):
-    """theta: (Params, h_0) with h_0 (H,). Each sequence starts from h_0, so h is not read."""
+    """theta is (Params, h_0 (H,)). Every sequence starts from h_0; the argument h is ignored."""
     params, h_0 = theta
     h_0s = jnp.broadcast_to(h_0, (batch.xs.shape[1], *h_0.shape))
     return jaxrnn.sequence_loss(params, batch, h_0s)
@@ -25,7 +25,7 @@ gradient_fn = jax.value_and_grad(loss, has_aux=True)
 
 
 def main() -> None:
-    # Inputs that are all zero, outputs 1, 0, 1.
+    # The inputs are zero and the labels 1, 0, 1: only the state tells the steps apart.
     batch = Batch(jnp.zeros((3, 4, 1)), jnp.tile(jnp.array([[1], [0], [1]]), (1, 4)))
     theta = jaxrnn.init(jax.random.key(0), input_size=1, hidden_size=8, output_size=2), jnp.zeros(8)
     result = jaxrnn.fit(
