@@ -70,7 +70,7 @@ def test_a_method_with_another_gradient_is_refused(monkeypatch):
     def slightly_wrong(params, batch):
         return 1.001 * peers.plain_scan(params, batch)
 
-    def methods(params, batch, devices, baseline):
+    def methods(params, batch, devices, baseline, leak):
         fns = {"plain scan": peers.plain_scan, "wrong": slightly_wrong}
         return {name: (jax.value_and_grad(fn), (params, batch)) for name, fn in fns.items()}
 
