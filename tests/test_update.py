@@ -269,35 +269,6 @@ def test_diverged_names_the_step_and_what_to_try():
     assert (copy.step, copy.skipped) == (12, 3)
 
 
-def test_a_rule_may_return_any_pytree_class(batch):
-    """Also one whose instances compare by identity."""
-
-    class Weights:
-        def __init__(self, params):
-            self.params = params
-
-    jax.tree_util.register_pytree_node(
-        Weights, lambda weights: ((weights.params,), None), lambda _, leaves: Weights(*leaves)
-    )
-
-    def gradient_fn(weights, batch, h):
-        (value, h_T), grads = jaxrnn.bptt(weights.params, batch, h)
-        return (value, h_T), Weights(grads)
-
-    rule = partial(jaxrnn.sgd, learning_rate=0.1)
-    state = jaxrnn.init_state(Weights(jaxrnn.init(jax.random.key(0), 3, 4, 2)), rule)
-    state, _ = jaxrnn.make_update(gradient_fn, rule)(state, batch)
-    assert isinstance(state.params, Weights)
-
-
-def test_a_rule_that_changes_the_dtype_is_an_error(params, batch):
-    def rule(params, grads):
-        return jax.tree.map(lambda p, d: (p - d).astype(jnp.bfloat16), params, grads)
-
-    with pytest.raises(TypeError, match=r"optimizer: expected a rule .* same shapes and dtypes"):
-        jaxrnn.make_update(jaxrnn.bptt, rule)(jaxrnn.init_state(params, rule), batch)
-
-
 def test_a_carried_state_keeps_its_dtype(params, batch):
     rule = partial(jaxrnn.sgd, learning_rate=0.1)
     h = jnp.zeros((*batch.xs.shape[1:-1], params.W_h.shape[0]), jnp.bfloat16)

@@ -1,4 +1,6 @@
-"""Optax optimisers that need more than the gradient, and errors that name a wrong optimiser."""
+"""Optax optimisers that need more than the gradient, other rules, and errors for a wrong one."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -131,3 +133,34 @@ def test_a_rule_that_returns_something_else_is_named(rule):
     state = jaxrnn.init_state(jaxrnn.init(jax.random.key(0), 2, 4, 2), rule)
     with pytest.raises(TypeError, match=r"^optimizer: expected a rule that returns new parameters"):
         update(state, labelled_batch())
+
+
+def test_a_rule_may_return_any_pytree_class():
+    """Also one whose instances compare by identity."""
+
+    class Weights:
+        def __init__(self, params):
+            self.params = params
+
+    jax.tree_util.register_pytree_node(
+        Weights, lambda weights: ((weights.params,), None), lambda _, leaves: Weights(*leaves)
+    )
+
+    def gradient_fn(weights, batch, h):
+        (value, h_T), grads = jaxrnn.bptt(weights.params, batch, h)
+        return (value, h_T), Weights(grads)
+
+    rule, batch = partial(jaxrnn.sgd, learning_rate=0.1), Batch(jnp.ones((5, 3)), jnp.ones(5, int))
+    state = jaxrnn.init_state(Weights(jaxrnn.init(jax.random.key(0), 3, 4, 2)), rule)
+    state, _ = jaxrnn.make_update(gradient_fn, rule)(state, batch)
+    assert isinstance(state.params, Weights)
+
+
+def test_a_rule_that_changes_the_dtype_is_an_error():
+    params, batch = network(0, 2, 4), Batch(jnp.ones((5, 2)), jnp.ones(5, int))
+
+    def rule(params, grads):
+        return jax.tree.map(lambda p, d: (p - d).astype(jnp.bfloat16), params, grads)
+
+    with pytest.raises(TypeError, match=r"optimizer: expected a rule .* same shapes and dtypes"):
+        jaxrnn.make_update(jaxrnn.bptt, rule)(jaxrnn.init_state(params, rule), batch)
