@@ -1,0 +1,277 @@
+"""The fixed points of a network with a constant input, and their stability.
+
+    h = F(h, x)        F(h, x) = (1 - alpha) h + alpha f(W_x x + W_h h + b_h)
+
+A trained network holds a memory near a stable fixed point, and saddles lie between the memories
+(Sussillo and Barak 2013).
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxrnn import checks
+from jaxrnn.activations import Activation, check_activation, tanh
+from jaxrnn.batches import check_input, check_state, steps_shape
+from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
+from jaxrnn.params import Params, as_leak, check_leak, check_params
+from jaxrnn.recurrence import input_zs, leaky
+
+STEP_SIZES = 0.5 ** np.arange(10)
+"""Multiples of a step that are tried, the largest first."""
+
+SUFFICIENT = 1e-4
+"""The share of the fall in q that its gradient predicts, which a step must reach (Armijo 1966)."""
+
+
+class FixedPoints(NamedTuple):
+    """What `fixed_points` found from each of N starts, a pytree.
+
+    Attributes:
+      h: the states, (N, H).
+      speed: q = |h - F(h, x)|^2 / 2 at each of them, (N,); 0 at a fixed point.
+      jacobian: dF/dh at each of them, (N, H, H).
+      converged: bool (N,), the speed is at most the tolerance. The others are no fixed points.
+    """
+
+    h: Array
+    speed: Array
+    jacobian: Array
+    converged: Array
+
+
+def fixed_points(
+    params: Params,
+    h: Array,
+    x: Array,
+    *,
+    activation: Activation = tanh,
+    leak: ArrayLike | None = None,
+    steps: int = 100,
+    tolerance: float = 1e-12,
+) -> FixedPoints:
+    """Searches a fixed point of the network from each of many states, by Newton's method.
+
+        r = h - F(h, x)        q = |r|^2 / 2        A = dr/dh = I - dF/dh        dq/dh = A^T r
+
+    Each step takes h to h - s A^{-1} r with the largest s of 1, 1/2, 1/4, ... for which q falls
+    enough. If A is singular or q falls for no s, it takes a step down the gradient of q instead,
+    h - s c A^T r, where c makes the linear model of r smallest. A point at which q no longer falls
+    stays. So q never rises, and a search ends at a fixed point, at another minimum of q, which
+    Sussillo and Barak (2013) call a slow point, or after `steps`. `converged` says which.
+
+    Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
+    trajectories with noise added. A leak does not move the fixed points, but changes their
+    Jacobians and speeds.
+
+    Args:
+      params: Params in float32 or float64. In float32, speeds end at about 1e-14 H.
+      h: the starts, (N, H).
+      x: the input, (I,) or an integer token (), or one for each start, (N, I) or tokens (N,).
+      activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1.
+      steps: the number of steps at most.
+      tolerance: the highest speed of a point that counts as converged.
+
+    Returns:
+      FixedPoints, in the order of the starts and in the parameters' dtype, with many duplicates:
+      `distinct` removes them. If it returns none, look at the `speed` of all points here: slightly
+      above the tolerance, more steps or float64 help; far above it, other starts.
+
+    Raises:
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
+
+    >>> W_h, W_y = jnp.array([[2.0]]), jnp.ones((1, 1))  # one unit with h = tanh(2 h)
+    >>> params = Params(W_x=jnp.ones((1, 1)), W_h=W_h, W_y=W_y, b_h=jnp.zeros(1), b_y=jnp.zeros(1))
+    >>> points = fixed_points(params, jnp.array([[-2.0], [0.1], [0.9], [3.0]]), jnp.zeros(1))
+    >>> [round(float(h), 3) for h in points.h[:, 0]]
+    [-0.958, 0.0, 0.958, 0.958]
+    """
+    check_params(params)
+    check_factorised_dtype(params)
+    check_activation(activation, params.W_h.dtype)
+    check_leak(leak, params)
+    _check_starts(params, h, x)
+    checks.check_size("steps", steps)
+    _check_tolerance("tolerance", tolerance)
+    h = h.astype(params.W_h.dtype)
+    z_x = jnp.broadcast_to(input_zs(params, x), h.shape)
+    leak = as_leak(params, leak)
+    search = partial(_search, activation, params.W_h, leak, steps=steps)
+    h = jax.vmap(search)(h, z_x)
+    speed = _speed(_residual(activation, params.W_h, leak, z_x, h))
+    J = state_jacobian(activation, params.W_h, z_x, h, leak)
+    return FixedPoints(h, speed, J, speed <= tolerance)
+
+
+def _residual(
+    activation: Activation, W_h: Array, leak: Array | None, z_x: Array, h: Array
+) -> Array:
+    """r = h - F(h, x), for states (..., H)."""
+    return h - leaky(leak, h, activation.f(z_x + h @ W_h.T))
+
+
+def _speed(r: Array) -> Array:
+    """q = |r|^2 / 2."""
+    return (r * r).sum(axis=-1) / 2
+
+
+def _search(
+    activation: Activation, W_h: Array, leak: Array | None, h: Array, z_x: Array, *, steps: int
+) -> Array:
+    """The state (H,) at which the search from h (H,) ends."""
+    residual = partial(_residual, activation, W_h, leak, z_x)
+    sizes = jnp.asarray(STEP_SIZES, h.dtype)[:, None]
+
+    def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        n, h, _ = carry
+        r = residual(h)
+        A = jnp.eye(h.shape[-1], dtype=h.dtype) - state_jacobian(activation, W_h, z_x, h, leak)
+        gradient = r @ A  # dq/dh = A^T r
+        newton = -jnp.linalg.solve(A, r)
+        descent = -gradient * (gradient @ gradient) / _square(A @ gradient)
+        candidates = jnp.concatenate([sizes * newton, sizes * descent])
+        predicted = jnp.minimum(candidates @ gradient, 0)
+        # A step that is not finite gives NaN, which is not below anything.
+        falls = _speed(residual(h + candidates)) < _speed(r) + SUFFICIENT * predicted
+        h = jnp.where(falls.any(), h + candidates[jnp.argmax(falls)], h)
+        return n + 1, h, falls.any()
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        n, _, fell = carry
+        return fell & (n < steps)
+
+    return lax.while_loop(unfinished, body, (jnp.int32(0), h, jnp.bool_(True)))[1]
+
+
+def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
+    """The fixed points that differ from one another, on the host.
+
+    A point is a duplicate if it is at most `tolerance` from one with a lower speed. Points that
+    have not converged are left out; if none has, the result holds no points.
+
+    Args:
+      points: what `fixed_points` returns for one network.
+      tolerance: the Euclidean distance up to which two points are one. The distance of a point from
+        the exact one is about |(I - J)^{-1}| sqrt(2 speed).
+
+    Returns:
+      FixedPoints of NumPy arrays, (K, H), (K,), (K, H, H) and (K,), the lowest speed first.
+
+    Raises:
+      TypeError: points are not FixedPoints, or the tolerance is not a number.
+      ValueError: points are those of several networks, or the tolerance is not above 0 and finite.
+
+    >>> points = FixedPoints(
+    ...     h=jnp.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1e-6], [5.0, 5.0]]),
+    ...     speed=jnp.array([1e-15, 1e-16, 1e-14, 1.0]),
+    ...     jacobian=jnp.zeros((4, 2, 2)),
+    ...     converged=jnp.array([True, True, True, False]),
+    ... )
+    >>> distinct(points, tolerance=1e-3).h.tolist()
+    [[0.0, 0.0], [1.0, 0.0]]
+    """
+    if not isinstance(points, FixedPoints):
+        raise TypeError(f"points: expected FixedPoints, got {type(points).__name__}")
+    if points.h.ndim != 2:
+        raise ValueError(
+            f"points.h: expected shape (N, H), the points of one network, got {points.h.shape}"
+        )
+    _check_tolerance("tolerance", tolerance)
+    h, speed, converged = (np.asarray(points.h), np.asarray(points.speed), points.converged)
+    left = np.flatnonzero(np.asarray(converged))
+    left = left[np.argsort(speed[left], kind="stable")]
+    kept = []
+    while left.size:
+        kept.append(left[0])
+        left = left[np.linalg.norm(h[left] - h[left[0]], axis=-1) > tolerance]
+    found: FixedPoints = jax.tree.map(lambda leaf: np.asarray(leaf)[np.array(kept, int)], points)
+    return found
+
+
+class Stability(NamedTuple):
+    """How a network behaves near fixed points.
+
+    Attributes:
+      eigenvalues: of the Jacobians, (*batch, H) complex, the largest modulus first.
+      index: (*batch) int, the number of directions in which perturbations grow: eigenvalues outside
+        the unit circle. A point with an index k between 1 and H - 1 is a saddle of index k.
+      marginal: (*batch) bool, an eigenvalue is on the unit circle, where the linear model does not
+        decide, as at the points of a line attractor.
+      stable: (*batch) bool, all eigenvalues are inside the unit circle: perturbations die out.
+    """
+
+    eigenvalues: np.ndarray
+    index: np.ndarray
+    marginal: np.ndarray
+    stable: np.ndarray
+
+
+def stability(jacobian: ArrayLike, margin: float = 1e-6) -> Stability:
+    """The eigenvalues of Jacobians and what they say about the fixed points, on the host.
+
+    Args:
+      jacobian: dF/dh at fixed points, (*batch, H, H), finite.
+      margin: how far from the unit circle an eigenvalue counts as on it, at least 0.
+
+    Returns:
+      Stability, as NumPy arrays.
+
+    Raises:
+      TypeError: jacobian is not an array of floats, or margin is not a number.
+      ValueError: the matrices are not square or not finite, or the margin is below 0 or not finite.
+
+    >>> found = stability(np.array([[[0.5, 0], [0, -0.9]], [[2, 0], [0, 0]], [[0, 1], [-1, 0]]]))
+    >>> found.index.tolist(), found.stable.tolist(), found.marginal.tolist()
+    ([0, 1, 0], [True, False, False], [False, False, True])
+    """
+    checks.check_float_array("jacobian", jacobian)
+    Js = np.asarray(jacobian)
+    if Js.ndim < 2 or Js.shape[-2] != Js.shape[-1]:
+        raise ValueError(f"jacobian: expected shape (*batch, H, H), got {Js.shape}")
+    if not np.isfinite(Js).all():
+        raise ValueError(f"jacobian: expected finite numbers, got {Js[~np.isfinite(Js)][0]}")
+    if not isinstance(margin, float | int):
+        raise TypeError(f"margin: expected a number, got {margin!r}")
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin: expected at least 0 and finite, got {margin}")
+    eigenvalues = np.linalg.eigvals(Js.astype(np.float64)).astype(np.complex128)
+    order = np.argsort(-np.abs(eigenvalues), axis=-1, kind="stable")
+    eigenvalues = np.take_along_axis(eigenvalues, order, axis=-1)
+    modulus = np.abs(eigenvalues)
+    index = (modulus > 1 + margin).sum(axis=-1)
+    marginal = (np.abs(modulus - 1) <= margin).any(axis=-1)
+    return Stability(eigenvalues, index, marginal, stable=(modulus < 1 - margin).all(axis=-1))
+
+
+def _square(v: Array) -> Array:
+    """|v|^2."""
+    return v @ v
+
+
+def _check_starts(params: Params, h: Any, x: Any) -> None:
+    """Raises TypeError or ValueError unless h is (N, H), and x one input or one for each of h."""
+    check_input("x", params, x, "N")
+    checks.check_float_array("h", h)
+    H = params.W_h.shape[0]
+    if h.ndim != 2 or h.shape[1] != H:
+        raise ValueError(f"h: expected shape (N, {H}), H of W_h, got {h.shape}")
+    if steps_shape(x) not in ((), (len(h),)):
+        given = "tokens" if checks.is_integer(x) else "inputs"
+        raise ValueError(
+            f"x: expected one input, or N = {len(h)} {given} as h has, got shape {x.shape}"
+        )
+
+
+def _check_tolerance(name: str, tolerance: Any) -> None:
+    """Raises TypeError or ValueError unless the tolerance is a finite number above 0."""
+    if isinstance(tolerance, bool) or not isinstance(tolerance, float | int):
+        raise TypeError(f"{name}: expected a number, got {tolerance!r}")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"{name}: expected above 0 and finite, got {tolerance}")

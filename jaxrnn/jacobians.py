@@ -1,0 +1,170 @@
+"""The Jacobian of a step, and how perturbations of the state grow and shrink over many.
+
+    z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = F(h_{t-1}, x_t) = (1 - alpha) h_{t-1} + alpha f(z_t)
+
+    J_t = dh_t/dh_{t-1} = diag(1 - alpha) + diag(alpha f'(z_t)) W_h
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from jaxrnn import checks
+from jaxrnn.activations import Activation, check_activation, tanh
+from jaxrnn.batches import check_input, check_sequence, check_state, steps_shape
+from jaxrnn.forward import hidden_states
+from jaxrnn.params import Params, as_leak, check_leak, check_params
+from jaxrnn.recurrence import initial_state, input_zs, previous
+
+
+def jacobian(
+    params: Params,
+    h: Array,
+    x: Array,
+    *,
+    activation: Activation = tanh,
+    leak: ArrayLike | None = None,
+) -> Array:
+    """The derivative of the next state by the state, dF/dh at any states h.
+
+        J = diag(1 - alpha) + diag(alpha f'(z)) W_h        z = W_x x + W_h h + b_h
+
+    Autodiff takes f' at z, so any elementwise f will do. The Jacobians along a trajectory, one for
+    each step, are `jacobian(params, jnp.concatenate([h_0[None], hs[:-1]]), xs)`.
+
+    Args:
+      params: Params.
+      h: the states before the step, (*batch, H).
+      x: (*batch, I), or integer tokens (*batch,).
+      activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1.
+
+    Returns:
+      (*batch, H, H), in the parameters' dtype; row i is the derivative of unit i of the next state.
+
+    Raises:
+      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+
+    >>> import jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> J = jacobian(params, jnp.zeros(5), jnp.zeros(3))
+    >>> bool(jnp.allclose(J, params.W_h))  # tanh'(0) = 1
+    True
+    """
+    check_params(params)
+    check_activation(activation, params.W_h.dtype)
+    check_leak(leak, params)
+    check_input("x", params, x, "*batch")
+    check_state("h", params, h, steps_shape(x))
+    h = h.astype(params.W_h.dtype)
+    return state_jacobian(activation, params.W_h, input_zs(params, x), h, as_leak(params, leak))
+
+
+def state_jacobian(
+    activation: Activation, W_h: Array, z_x: Array, h: Array, leak: Array | None
+) -> Array:
+    """J at the states h (*batch, H), where z_x is W_x x + b_h."""
+    z = z_x + h @ W_h.T
+    _, f_prime = jax.jvp(activation.f, (z,), (jnp.ones_like(z),))
+    alpha = jnp.ones((), W_h.dtype) if leak is None else leak
+    J: Array = (1 - alpha) * jnp.eye(*W_h.shape, dtype=W_h.dtype) + (alpha * f_prime)[..., None] * W_h
+    return J
+
+
+def check_factorised_dtype(params: Params) -> None:
+    """Raises TypeError unless LAPACK, which JAX calls, has the dtype of the parameters."""
+    if params.W_h.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"params: expected float32 or float64, got {params.W_h.dtype}")
+
+
+def jacobian_products(Js: Array) -> Array:
+    """How a perturbation of the state after step t reaches the last step: dh_T/dh_t.
+
+        dh_T/dh_t = J_T J_{T-1} ... J_{t+1}        dh_T/dh_T = identity
+
+    The singular values of dh_T/dh_t are the factors by which perturbations grow or shrink (Pascanu,
+    Mikolov, Bengio 2013). The product of many Jacobians overflows or collapses to one direction:
+    for growth per step over many steps there is `lyapunov_exponents`.
+
+    Args:
+      Js: J_1 ... J_T, (T, *batch, H, H).
+
+    Returns:
+      dh_T/dh_t for t = 0 ... T, (T + 1, *batch, H, H).
+
+    Raises:
+      TypeError, ValueError: Js is not an array of square matrices with a time axis in front.
+
+    >>> products = jacobian_products(jnp.array([[[2.0]], [[3.0]], [[5.0]]]))
+    >>> products.ravel().tolist()
+    [30.0, 15.0, 5.0, 1.0]
+    """
+    checks.check_float_array("Js", Js)
+    if Js.ndim < 3 or Js.shape[-2] != Js.shape[-1]:
+        raise ValueError(f"Js: expected shape (T, *batch, H, H), got {Js.shape}")
+    identity = jnp.broadcast_to(jnp.eye(Js.shape[-1], dtype=Js.dtype), Js.shape[1:])
+
+    def body(product: Array, J: Array) -> tuple[Array, Array]:
+        return product @ J, product
+
+    first, products = lax.scan(body, identity, Js, reverse=True)
+    return jnp.concatenate([first[None], products])
+
+
+def lyapunov_exponents(
+    params: Params,
+    xs: Array,
+    h_0: Array | None = None,
+    *,
+    activation: Activation = tanh,
+    leak: ArrayLike | None = None,
+    drive: Array | None = None,
+) -> Array:
+    """The mean growth per step, in nats, of perturbations of the state along a trajectory.
+
+        Q_t R_t = J_t Q_{t-1}        Q_0 = identity        exponents = mean_t log |diag R_t|
+
+    The QR factorisation at each step keeps the directions apart (Benettin et al. 1980). A largest
+    exponent below 0 means that trajectories with the same inputs meet; above 0 that they separate.
+    A transient is left out by starting from the h_T that it ends with.
+
+    Args:
+      params: Params.
+      xs: (T, *batch, I), or integer tokens (T, *batch), with T at least 1.
+      h_0: (*batch, H); zeros if None.
+      activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1.
+      drive: (T, *batch, H), added to z_t; None is 0.
+
+    Returns:
+      (*batch, H), largest first, in the parameters' dtype; -inf for a direction that is lost.
+
+    Raises:
+      TypeError, ValueError: a dtype or shape does not fit, or there is no step; the message names
+        the argument.
+
+    >>> import jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> bool((lyapunov_exponents(params, jnp.ones((100, 3))) < 0).all())
+    True
+    """
+    check_params(params)
+    check_factorised_dtype(params)
+    check_activation(activation, params.W_h.dtype)
+    check_leak(leak, params)
+    check_sequence(params, xs, h_0, drive, None, None)
+    if xs.shape[0] == 0:
+        raise ValueError(f"xs: expected at least 1 step, got shape {xs.shape}")
+    h_0 = initial_state(params, xs, h_0)
+    _, hs = hidden_states(params, xs, h_0, activation=activation, leak=leak, drive=drive)
+    identity = jnp.eye(h_0.shape[-1], dtype=h_0.dtype)
+
+    def body(Q: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        J = state_jacobian(activation, params.W_h, *inputs, as_leak(params, leak))
+        Q, R = jnp.linalg.qr(J @ Q)
+        return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
+
+    Q_0 = jnp.broadcast_to(identity, (*h_0.shape, h_0.shape[-1]))
+    _, growth = lax.scan(body, Q_0, (input_zs(params, xs, drive), previous(hs, h_0, None, None)))
+    return jnp.sort(growth.mean(axis=0), axis=-1)[..., ::-1]
