@@ -62,9 +62,10 @@ def fixed_points(
 
     Each step takes h to h - s A^{-1} r with the largest s of 1, 1/2, 1/4, ... for which q falls
     enough. If A is singular or q falls for no s, it takes a step down the gradient of q instead,
-    h - s c A^T r, where c makes the linear model of r smallest. A point at which q no longer falls
-    stays. So q never rises, and a search ends at a fixed point, at another minimum of q, which
-    Sussillo and Barak (2013) call a slow point, or after `steps`. `converged` says which.
+    h - s c A^T r, where c makes the linear model of r smallest. So q never rises. A search ends one
+    step after q has reached the tolerance, since that step squares a small error; or where q no
+    longer falls, such as at another minimum of q, a slow point (Sussillo and Barak 2013); or after
+    `steps`. `converged` marks the first kind.
 
     Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
     trajectories with noise added. A leak does not move the fixed points, but changes their
@@ -103,7 +104,7 @@ def fixed_points(
     h = h.astype(params.W_h.dtype)
     z_x = jnp.broadcast_to(input_zs(params, x), h.shape)
     leak = as_leak(params, leak)
-    search = partial(_search, activation, params.W_h, leak, steps=steps)
+    search = partial(_search, activation, params.W_h, leak, steps=steps, tolerance=tolerance)
     h = jax.vmap(search)(h, z_x)
     speed = _speed(_residual(activation, params.W_h, leak, z_x, h))
     J = state_jacobian(activation, params.W_h, z_x, h, leak)
@@ -123,31 +124,40 @@ def _speed(r: Array) -> Array:
 
 
 def _search(
-    activation: Activation, W_h: Array, leak: Array | None, h: Array, z_x: Array, *, steps: int
+    activation: Activation,
+    W_h: Array,
+    leak: Array | None,
+    h: Array,
+    z_x: Array,
+    *,
+    steps: int,
+    tolerance: float,
 ) -> Array:
     """The state (H,) at which the search from h (H,) ends."""
     residual = partial(_residual, activation, W_h, leak, z_x)
     sizes = jnp.asarray(STEP_SIZES, h.dtype)[:, None]
 
-    def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        n, h, _ = carry
+    def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
+        n, _, q_before, fell = carry
+        return (n < steps) & (q_before > tolerance) & fell
+
+    def body(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        n, h, _, _ = carry
         r = residual(h)
+        q = _speed(r)
         A = jnp.eye(h.shape[-1], dtype=h.dtype) - state_jacobian(activation, W_h, z_x, h, leak)
-        gradient = r @ A  # dq/dh = A^T r
+        gradient = A.T @ r  # dq/dh
         newton = -jnp.linalg.solve(A, r)
-        descent = -gradient * (gradient @ gradient) / _square(A @ gradient)
+        descent = -gradient * _speed(gradient) / _speed(A @ gradient)
         candidates = jnp.concatenate([sizes * newton, sizes * descent])
         predicted = jnp.minimum(candidates @ gradient, 0)
-        # A step that is not finite gives NaN, which is not below anything.
-        falls = _speed(residual(h + candidates)) < _speed(r) + SUFFICIENT * predicted
+        # A candidate that is not finite gives NaN, which is not below anything.
+        falls = _speed(residual(h + candidates)) < q + SUFFICIENT * predicted
         h = jnp.where(falls.any(), h + candidates[jnp.argmax(falls)], h)
-        return n + 1, h, falls.any()
+        return n + 1, h, q, falls.any()
 
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        n, _, fell = carry
-        return fell & (n < steps)
-
-    return lax.while_loop(unfinished, body, (jnp.int32(0), h, jnp.bool_(True)))[1]
+    start = jnp.int32(0), h, jnp.asarray(jnp.inf, h.dtype), jnp.bool_(True)
+    return lax.while_loop(unfinished, body, start)[1]
 
 
 def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
@@ -248,11 +258,6 @@ def stability(jacobian: ArrayLike, margin: float = 1e-6) -> Stability:
     index = (modulus > 1 + margin).sum(axis=-1)
     marginal = (np.abs(modulus - 1) <= margin).any(axis=-1)
     return Stability(eigenvalues, index, marginal, stable=(modulus < 1 - margin).all(axis=-1))
-
-
-def _square(v: Array) -> Array:
-    """|v|^2."""
-    return v @ v
 
 
 def _check_starts(params: Params, h: Any, x: Any) -> None:
