@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, tanh
-from jaxrnn.batches import check_input, check_state, steps_shape
+from jaxrnn.batches import check_input, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.recurrence import input_zs, leaky
@@ -210,15 +210,15 @@ class Stability(NamedTuple):
 
     Attributes:
       eigenvalues: of the Jacobians, (*batch, H) complex, the largest modulus first.
-      index: (*batch) int, the number of directions in which perturbations grow: eigenvalues outside
-        the unit circle. A point with an index k between 1 and H - 1 is a saddle of index k.
+      unstable_dim: (*batch) int, the number of directions in which perturbations grow: eigenvalues
+        outside the unit circle. With k of them, and fewer than H, the point is a saddle of index k.
       marginal: (*batch) bool, an eigenvalue is on the unit circle, where the linear model does not
         decide, as at the points of a line attractor.
       stable: (*batch) bool, all eigenvalues are inside the unit circle: perturbations die out.
     """
 
     eigenvalues: np.ndarray
-    index: np.ndarray
+    unstable_dim: np.ndarray
     marginal: np.ndarray
     stable: np.ndarray
 
@@ -238,7 +238,7 @@ def stability(jacobian: ArrayLike, margin: float = 1e-6) -> Stability:
       ValueError: the matrices are not square or not finite, or the margin is below 0 or not finite.
 
     >>> found = stability(np.array([[[0.5, 0], [0, -0.9]], [[2, 0], [0, 0]], [[0, 1], [-1, 0]]]))
-    >>> found.index.tolist(), found.stable.tolist(), found.marginal.tolist()
+    >>> found.unstable_dim.tolist(), found.stable.tolist(), found.marginal.tolist()
     ([0, 1, 0], [True, False, False], [False, False, True])
     """
     checks.check_float_array("jacobian", jacobian)
@@ -255,9 +255,10 @@ def stability(jacobian: ArrayLike, margin: float = 1e-6) -> Stability:
     order = np.argsort(-np.abs(eigenvalues), axis=-1, kind="stable")
     eigenvalues = np.take_along_axis(eigenvalues, order, axis=-1)
     modulus = np.abs(eigenvalues)
-    index = (modulus > 1 + margin).sum(axis=-1)
+    unstable_dim = (modulus > 1 + margin).sum(axis=-1)
     marginal = (np.abs(modulus - 1) <= margin).any(axis=-1)
-    return Stability(eigenvalues, index, marginal, stable=(modulus < 1 - margin).all(axis=-1))
+    stable = np.asarray((modulus < 1 - margin).all(axis=-1))
+    return Stability(eigenvalues, unstable_dim, marginal, stable)
 
 
 def _check_starts(params: Params, h: Any, x: Any) -> None:

@@ -1,8 +1,7 @@
 """The Jacobian of a step, and how perturbations of the state grow and shrink over many.
 
-    z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = F(h_{t-1}, x_t) = (1 - alpha) h_{t-1} + alpha f(z_t)
-
-    J_t = dh_t/dh_{t-1} = diag(1 - alpha) + diag(alpha f'(z_t)) W_h
+z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
+J_t = dh_t/dh_{t-1} = diag(1 - alpha) + diag(alpha f'(z_t)) W_h
 """
 
 import jax
@@ -67,9 +66,9 @@ def state_jacobian(
     """J at the states h (*batch, H), where z_x is W_x x + b_h."""
     z = z_x + h @ W_h.T
     _, f_prime = jax.jvp(activation.f, (z,), (jnp.ones_like(z),))
-    alpha = jnp.ones((), W_h.dtype) if leak is None else leak
-    J: Array = (1 - alpha) * jnp.eye(*W_h.shape, dtype=W_h.dtype) + (alpha * f_prime)[..., None] * W_h
-    return J
+    identity = jnp.eye(h.shape[-1], dtype=W_h.dtype)
+    J: Array = f_prime[..., None] * W_h  # diag(f') W_h
+    return J if leak is None else (1 - leak) * identity + jnp.atleast_1d(leak)[:, None] * J
 
 
 def check_factorised_dtype(params: Params) -> None:
