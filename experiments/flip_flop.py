@@ -37,10 +37,16 @@ from jaxrnn import Batch, Params
 from jaxrnn.equilibria import FixedPoints, distinct, fixed_points, stability
 from jaxrnn.jacobians import jacobian
 
+BITS = 3
+PULSES = 0.05  # the probability of a pulse of an input at a step
+START_NOISE = 0.1  # the standard deviation of what is added to a start
+TOLERANCE = 1e-12  # the highest speed q of a fixed point
+DISTANCE = 1e-4  # points that are at most so far apart are one
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Fixed points of networks that hold three bits, found by Newton's method and by Adam."""
+    """The fixed points of networks that hold three bits, found by Newton's method and by Adam."""
 
     hidden_size: int = 64
     """Hidden units, H."""
@@ -48,38 +54,20 @@ class Config:
     """alpha = dt / tau."""
     noise: float = 0.1
     """Standard deviation of the noise that is added to z_t in training."""
-    gain: float = 0.8
-    """Initial W_h has variance gain^2 / H."""
     length: int = 50
-    """Steps of a training sequence, T."""
-    pulses: float = 0.05
-    """Probability of a pulse of an input at a step."""
+    """Steps of a training sequence, T; those that the searches start from have 4 T."""
     updates: int = 1_500
     """Updates of each network."""
     batch_size: int = 64
     """Sequences per update, B; all are new."""
     learning_rate: float = 3e-3
     """Initial learning rate of Adam in training; cosine decay to zero."""
-    clip: float = 1.0
-    """Clipping threshold for the norm of the gradient."""
-    test_size: int = 128
-    """Fresh sequences of `test_length` steps, whose states are the starts of the searches."""
-    test_length: int = 200
-    """Steps of a fresh sequence."""
     starts: int = 512
     """Searches in each network."""
-    start_noise: float = 0.1
-    """Standard deviation of the noise that is added to a start."""
-    newton_steps: int = 100
-    """Steps of Newton's method at most."""
     adam_steps: int = 5_000
     """Steps of Adam."""
-    adam_rates: tuple[float, ...] = (0.1, 0.3)
+    adam_rates: tuple[float, ...] = (0.01, 0.1)
     """Initial learning rates of Adam in the search; exponential decay to a thousandth."""
-    tolerance: float = 1e-12
-    """The highest speed q of a point that counts as found."""
-    distance: float = 1e-4
-    """Points that are at most so far apart are one."""
     seeds: int = 6
     """Number of networks."""
     seed: int = 0
@@ -92,14 +80,12 @@ class Config:
     """Use sizes that run in seconds, to check that everything works."""
 
     def __post_init__(self):
-        counts = ("hidden_size", "length", "updates", "batch_size", "test_size", "test_length")
-        cli.expect_at_least(1, self, *counts, "starts", "newton_steps", "adam_steps", "seeds")
-        cli.expect_at_least(3, self, "hidden_size")
-        cli.expect_at_least(0, self, "noise", "start_noise")
-        cli.expect_positive(self, "leak", "gain", "learning_rate", "clip", "adam_rates")
-        cli.expect_positive(self, "tolerance", "distance")
+        counts = ("length", "updates", "batch_size", "starts", "adam_steps", "seeds")
+        cli.expect_at_least(1, self, *counts)
+        cli.expect_at_least(BITS, self, "hidden_size")
+        cli.expect_at_least(0, self, "noise")
+        cli.expect_positive(self, "leak", "learning_rate", "adam_rates")
         cli.expect(self, "leak", "at most 1", lambda leak: leak <= 1)
-        cli.expect_share(self, "pulses")
         cli.expect_seed(self)
 
 
@@ -108,21 +94,17 @@ SMOKE = {
     "length": 5,
     "updates": 4,
     "batch_size": 2,
-    "test_size": 4,
-    "test_length": 8,
     "starts": 8,
     "adam_steps": 3,
     "adam_rates": (0.3,),
     "seeds": 2,
 }
 
-BITS = 3
 
-
-def flip_flop_batch(key, T: int, B: int, pulses: float) -> Batch:
+def flip_flop_batch(key, T: int, B: int) -> Batch:
     """Pulses (T, B, 3) and the signs to hold. The first step sets all three bits."""
     key_when, key_sign = jax.random.split(key)
-    pulse = jax.random.bernoulli(key_when, pulses, (T, B, BITS)).at[0].set(True)
+    pulse = jax.random.bernoulli(key_when, PULSES, (T, B, BITS)).at[0].set(True)
     xs = pulse * jax.random.rademacher(key_sign, (T, B, BITS), jnp.float32)
 
     def hold(bits, x):
@@ -138,7 +120,7 @@ def train(config: Config, key) -> Params:
     """Trains a network on new sequences at each update; NaN if it diverges."""
     key_init, key_batches, key_noise = jax.random.split(key, 3)
     rate = optax.cosine_decay_schedule(config.learning_rate, config.updates)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
     def noisy_bptt(params, batch, h, *, key):
         noise = jax.random.normal(key, (*batch.xs.shape[:2], config.hidden_size))
@@ -148,9 +130,9 @@ def train(config: Config, key) -> Params:
     update = jaxrnn.make_update(noisy_bptt, optimizer)
 
     def update_on_new_batch(state, key):
-        return update(state, flip_flop_batch(key, config.length, config.batch_size, config.pulses))
+        return update(state, flip_flop_batch(key, config.length, config.batch_size))
 
-    W_h_init = jax.nn.initializers.normal(config.gain / config.hidden_size**0.5)
+    W_h_init = jax.nn.initializers.normal(0.8 / config.hidden_size**0.5)
     params = jaxrnn.init(key_init, BITS, config.hidden_size, BITS, W_h_init=W_h_init)
     state = jaxrnn.init_state(params, optimizer, key=key_noise)
     keys = jax.random.split(key_batches, config.updates)
@@ -158,19 +140,10 @@ def train(config: Config, key) -> Params:
     return nan_if_skipped(state.params, metrics.skipped)
 
 
-def newton(config: Config, params: Params, h) -> FixedPoints:
-    """The finder of the library."""
-    return fixed_points(
-        params, h, jnp.zeros(BITS), leak=config.leak,
-        steps=config.newton_steps, tolerance=config.tolerance,
-    )  # fmt: skip
-
-
 def adam(config: Config, rate: float, params: Params, h) -> FixedPoints:
     """Gradient descent on q with Adam, from all starts at once."""
     xs = jnp.zeros((len(h), BITS))
-    schedule = optax.exponential_decay(rate, config.adam_steps, decay_rate=1e-3)
-    optimizer = optax.adam(schedule)
+    optimizer = optax.adam(optax.exponential_decay(rate, config.adam_steps, decay_rate=1e-3))
 
     def speed(h):
         r = h - jaxrnn.step(params, h, xs, leak=config.leak)[0]
@@ -183,13 +156,7 @@ def adam(config: Config, rate: float, params: Params, h) -> FixedPoints:
 
     (h, _), _ = lax.scan(descend, (h, optimizer.init(h)), length=config.adam_steps)
     Js = jacobian(params, h, xs, leak=config.leak)
-    return FixedPoints(h, speed(h), Js, speed(h) <= config.tolerance)
-
-
-def finders(config: Config) -> dict:
-    """(params, h) -> FixedPoints, by name."""
-    by_adam = {f"Adam, {rate:g}": partial(adam, config, rate) for rate in config.adam_rates}
-    return {"Newton": partial(newton, config), **by_adam}
+    return FixedPoints(h, speed(h), Js, speed(h) <= TOLERANCE)
 
 
 def starts(config: Config, hs: np.ndarray, n: int) -> np.ndarray:
@@ -197,7 +164,7 @@ def starts(config: Config, hs: np.ndarray, n: int) -> np.ndarray:
     rng = np.random.default_rng([config.seed, n])
     pairs = rng.integers(hs[..., 0].size, size=(config.starts, 2))
     noise = rng.standard_normal((config.starts, hs.shape[-1]))
-    return hs.reshape(-1, hs.shape[-1])[pairs].mean(axis=1) + config.start_noise * noise
+    return hs.reshape(-1, hs.shape[-1])[pairs].mean(axis=1) + START_NOISE * noise
 
 
 def measure(points: FixedPoints) -> dict:
@@ -232,55 +199,52 @@ def project(points: FixedPoints, hs: np.ndarray) -> dict:
 
 def search(config: Config, report: Report, params: Params, hs: np.ndarray):
     """Logs what each finder finds in each network; params and hs have a first axis of seeds."""
-    names = finders(config)
+    by_adam = {f"Adam, {rate:g}": partial(adam, config, rate) for rate in config.adam_rates}
+    newton = partial(fixed_points, x=jnp.zeros(BITS), leak=config.leak, tolerance=TOLERANCE)
+    finders = {"Newton": newton, **by_adam}
     compiled: dict = {}
-    with tqdm(itertools.product(range(config.seeds), names), disable=None) as bar:
-        for n, name in bar:
-            bar.set_description(f"network {n}, {name}")
+    with tqdm(range(config.seeds), unit="network", disable=None) as bar:
+        for n, (name, finder) in itertools.product(bar, finders.items()):
             network = jax.tree.map(lambda leaf, n=n: jnp.asarray(leaf[n]), params)
             h = jnp.asarray(starts(config, hs[n], n))
             if name not in compiled:
-                compiled[name] = jax.jit(names[name]).lower(network, h).compile()
+                compiled[name] = jax.jit(finder).lower(network, h=h).compile()
             start = time.perf_counter()
-            points = jax.block_until_ready(compiled[name](network, h))
-            seconds = time.perf_counter() - start
-            found = distinct(points, config.distance)
-            converged = float(np.asarray(points.converged).mean())
-            report.log(
-                network=n, finder=name, seconds=seconds, converged=converged, **measure(found)
-            )
-            if n == 0 and name == "Newton":
-                report.log(**project(found, hs[n]))
+            points = jax.block_until_ready(compiled[name](network, h=h))
+            seconds, percent = time.perf_counter() - start, 100 * float(points.converged.mean())
+            found = measure(distinct(points, DISTANCE))
+            report.log(network=n, finder=name, seconds=seconds, percent=percent, **found)
+            if name == "Newton" and n == 0 and found["points"]:
+                report.log(**project(distinct(points, DISTANCE), hs[n]))
 
 
-KINDS = {0: ("o", "C2", "stable"), 1: ("X", "C3", "saddle, index 1"), 2: ("s", "C1", "index 2"),
-         3: ("D", "black", "index 3")}  # fmt: skip
+KINDS = [("o", "C2", "stable"), ("X", "C3", "saddle of index 1, unstable direction"),
+         ("s", "C1", "saddle of index 2"), ("D", "black", "saddle of index 3")]  # fmt: skip
 
 
 def draw_points(ax, row: dict):
     """The trajectories, the fixed points by their index, and a line for each unstable direction."""
     for trajectory in np.array(row["trajectories"]):
         ax.plot(*trajectory.T, color="C0", alpha=0.25, linewidth=0.6)
-    at, dims = np.array(row["at"]).reshape(-1, 3), np.array(row["unstable_dims"], int)
-    half = 0.08 * np.ptp(at, axis=0).max(initial=0)
-    for k, (marker, color, label) in KINDS.items():
+    at, dims = np.array(row["at"]), np.array(row["unstable_dims"], int)
+    for k, (marker, color, label) in enumerate(KINDS):
         ax.plot(*at[dims == k].T, marker, color=color, markersize=7, label=label)
-    for point, direction, k in zip(at, np.array(row["directions"]), dims, strict=True):
-        if k == 1:
-            step = half * direction / np.linalg.norm(direction)
-            ax.plot(*np.array([point - step, point + step]).T, color="C3", linewidth=2)
-    ax.set(xlabel="component 1", ylabel="component 2", zlabel="component 3")
+    directions = np.array(row["directions"])
+    for point, line in zip(at[dims == 1], directions[dims == 1], strict=True):
+        step = 0.08 * np.ptp(at, axis=0).max() * line / np.linalg.norm(line)
+        ax.plot(*np.array([point - step, point + step]).T, color="C3", linewidth=2)
+    ax.set(xlabel="component 1", ylabel="component 2", zlabel="component 3", title="one network")
+    ax.set_box_aspect((1, 1, 0.9), zoom=1.1)
     ax.legend(loc="upper left")
 
 
 def draw_finders(ax, rows: list[dict]):
     """Distinct fixed points against seconds, a point for each network."""
     for n, name in enumerate(dict.fromkeys(row["finder"] for row in rows)):
-        of_finder = [row for row in rows if row["finder"] == name]
-        seconds, points = ([row[key] for row in of_finder] for key in ("seconds", "points"))
-        ax.plot(seconds, points, "os^v"[n % 4], color=f"C{n}", alpha=0.7, label=name)
-    ax.set(xscale="log", xlabel="seconds per network", ylabel="distinct fixed points", ylim=(0, 30))
-    ax.legend(loc="lower right", title="finder")
+        found = [(row["seconds"], row["points"]) for row in rows if row["finder"] == name]
+        ax.plot(*zip(*found, strict=True), "os^v"[n % 4], alpha=0.7, label=name)
+    ax.set(xlim=(0, None), xlabel="seconds per network", ylim=(0, 30), ylabel="fixed points")
+    ax.legend(loc="lower left", title="finder, learning rate")
     ax.grid(alpha=0.3)
 
 
@@ -288,21 +252,23 @@ def draw(rows: list[dict]):
     """The first network's trajectories and fixed points; what each finder finds in what time."""
     figure = plt.figure(figsize=(13, 7), layout="constrained")
     grid = figure.add_gridspec(1, 2, width_ratios=(2, 1))
-    (projected,) = [row for row in rows if "trajectories" in row]
-    draw_points(figure.add_subplot(grid[0], projection="3d", elev=20, azim=-65), projected)
+    for row in rows:
+        if "trajectories" in row:
+            draw_points(figure.add_subplot(grid[0], projection="3d", elev=22, azim=-52), row)
     draw_finders(figure.add_subplot(grid[1]), [row for row in rows if "finder" in row])
     return figure
 
 
 def summarize(rows: list[dict]) -> str:
-    """For each finder: seconds, and counts of stable points and saddles."""
+    """For each finder: seconds, the share of searches that converge, stable points and saddles."""
     parts = []
     for name in dict.fromkeys(row["finder"] for row in rows):
         of_finder = [row for row in rows if row["finder"] == name]
-        counts = np.array([[row["stable"], *row["saddles"]] for row in of_finder]).T.tolist()
-        stable, *saddles = (mean_and_spread(count, 1) for count in counts)
         seconds = mean_and_spread([row["seconds"] for row in of_finder], 2)
-        parts.append(f"{name}: {seconds} s, {stable} stable, saddles {', '.join(saddles)}")
+        counts = np.array([[row["percent"], row["stable"], *row["saddles"]] for row in of_finder])
+        percent, stable, *saddles = (mean_and_spread(count, 1) for count in counts.T.tolist())
+        found = f"{percent} % converge, {stable} stable, saddles {' / '.join(saddles)}"
+        parts.append(f"{name}: {seconds} s, {found}")
     return "; ".join(parts)
 
 
@@ -311,7 +277,7 @@ def main(config: Config) -> dict:
     report = Report(config)
     key_train, key_test = jax.random.split(jax.random.key(config.seed))
     trained = train(config, shard_seeds(jax.random.split(key_train, config.seeds)))
-    test = flip_flop_batch(key_test, config.test_length, config.test_size, config.pulses)
+    test = flip_flop_batch(key_test, 4 * config.length, config.batch_size)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), trained)
         run_all = jax.vmap(partial(jaxrnn.hidden_states, leak=config.leak), in_axes=(0, None))
@@ -320,10 +286,8 @@ def main(config: Config) -> dict:
     ys = hs @ params.W_y.swapaxes(1, 2)[:, None] + params.b_y[:, None, None]
     wrong = (np.sign(ys) != np.asarray(test.targets)).mean(axis=(1, 2, 3))
     rows = [row for row in report.rows if "finder" in row]
-    by_newton = [row for row in rows if row["finder"] == "Newton"]
-    keys = ("stable", "saddles", "marginal", "largest_speed", "largest_radius", "sum_of_signs")
-    figures = {key: [row[key] for row in by_newton] for key in keys}
-    return report.finish(summarize(rows), draw, wrong_bits=wrong.tolist(), **figures)
+    networks = [row for row in rows if row["finder"] == "Newton"]
+    return report.finish(summarize(rows), draw, networks=networks, wrong_bits=wrong.tolist())
 
 
 def run(arguments: list[str] | None = None) -> int:
