@@ -62,43 +62,6 @@ def test_the_noise_of_a_private_gradient_has_the_scale_of_one_clipped_example():
         np.testing.assert_allclose((leaf - mean).mean(), 0, atol=0.01)
 
 
-@pytest.mark.usefixtures("x64")
-def test_jacobian_products_are_the_jacobians_by_reverse_mode():
-    params, xs, h_0 = network(0, 2, 4), jnp.asarray(draw(0, 4, 2)), jnp.asarray(draw(1, 4))
-
-    @jax.jit
-    def both(params, xs, h_0):
-        _, hs = jaxrnn.hidden_states(params, xs, h_0)
-        expected = [
-            jax.jacobian(lambda h, t=t: jaxrnn.hidden_states(params, xs[t:], h)[0])(h)
-            for t, h in enumerate([h_0, *hs])
-        ]
-        return jacobians.jacobian_products(jacobians.step_jacobians(params, xs, h_0)), expected
-
-    products, expected = both(params, xs, h_0)
-    assert products.shape == (5, 4, 4)
-    np.testing.assert_allclose(products, expected, atol=1e-14)
-
-
-@pytest.mark.usefixtures("x64")
-def test_lyapunov_exponents_of_a_linear_network_are_its_eigenvalues():
-    basis = np.linalg.qr(draw(0, 3, 3))[0]
-    W_h = basis @ np.diag([1.2, 0.5, 0.1]) @ basis.T
-    params = network(0, 2, 3)._replace(W_h=jnp.asarray(W_h))
-    xs = jnp.asarray(draw(1, 3000, 2))
-
-    @partial(jax.jit, static_argnames="activation")
-    def exponents_and_Js(xs, activation):
-        Js = jacobians.step_jacobians(params, xs, jnp.zeros(3), activation)
-        return jacobians.lyapunov_exponents(Js), Js
-
-    exponents, _ = exponents_and_Js(xs, jaxrnn.identity)
-    np.testing.assert_allclose(exponents, np.log([1.2, 0.5, 0.1]), atol=1e-3)
-    exponents, Js = exponents_and_Js(xs[:9], jaxrnn.tanh)
-    log_determinant = np.linalg.slogdet(np.linalg.multi_dot(np.asarray(Js)[::-1])).logabsdet
-    np.testing.assert_allclose(exponents.sum() * 9, log_determinant)
-
-
 def two_layers(params):
     """The second layer takes the states of the first."""
     return [params, params._replace(W_x=params.W_h)]
@@ -161,10 +124,8 @@ SCALARS = {
     "learned h_0": lambda p: learned_h0.loss((p, p.b_h), BATCH)[0],
     "policy": rollout_value,
     "flow": lambda p: sum((leaf**2).sum() for leaf in jaxrnn.gradient_flow(p, BATCH)),
-    "Jacobians": lambda p: jacobians.jacobian_products(
-        jacobians.step_jacobians(p, jnp.asarray(XS[:, 0]), p.b_h))[0].sum(),
-    "exponents": lambda p: jacobians.lyapunov_exponents(
-        jacobians.step_jacobians(p, jnp.asarray(XS[:, 0]), p.b_h))[0],
+    "Jacobians": lambda p: jacobians.growth(p, XS[:, 0], p.b_h)[0].sum(),
+    "exponents": lambda p: jacobians.growth(p, XS[:, 0], p.b_h)[1][0],
     "mixed precision": lambda p: mixed_precision.loss_in(jnp.float32, p, BATCH)[0],
     "free running": lambda p: generate.generate(
         jax.random.key(0), p, jnp.asarray(H_0, p.W_h.dtype), jnp.zeros(3, int), 4)[0].sum(),

@@ -1,0 +1,88 @@
+"""Each fault planted in the search for fixed points, or in the Jacobian, must be caught."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import equilibria, jacobians
+from tests.faults import with_fault
+from tests.recipe_cases import draw, network
+from tests.test_equilibria import units
+
+FAULTS = {
+    "1 - alpha forgotten in J": ("(1 - leak) * identity + jnp", "jnp"),
+    "alpha forgotten in J": ("jnp.atleast_1d(leak)[:, None] * J", "J"),
+    "1 - alpha of another unit": ("(1 - leak) * identity +", "(1 - leak[::-1]) * identity +"),
+    "f' forgotten": ("f_prime[..., None] * W_h", "W_h + 0 * f_prime[..., None]"),
+    "f' of the column": ("f_prime[..., None] * W_h", "f_prime[..., None, :] * W_h"),
+    "W_h transposed in z": ("z = z_x + h @ W_h.T", "z = z_x + h @ W_h"),
+    "leak forgotten in r": ("leaky(leak, h, activation", "leaky(None, h, activation"),
+    "half of q forgotten": ("(r * r).sum(axis=-1) / 2", "(r * r).sum(axis=-1)"),
+    "I forgotten in A": ("A = jnp.eye(h.shape[-1], dtype=h.dtype) - state_jacobian(",
+                         "A = -state_jacobian("),
+    "uphill": ("newton = -jnp", "newton = jnp"),
+    "A transposed in the gradient": ("gradient = A.T @ r", "gradient = A @ r"),
+    "no descent step": ("[sizes * newton, sizes * descent]", "[sizes * newton, sizes * newton]"),
+    "no smaller steps": ("0.5 ** np.arange(10)", "0.5 ** np.arange(1)"),
+    "the smallest step first": ("0.5 ** np.arange(10)", "0.5 ** np.arange(10)[::-1]"),
+    "every step is taken": ("< q + SUFFICIENT * predicted", "< jnp.inf"),
+    "no step after the tolerance": ("h, q, falls.any()", "h, q * 1e-9, falls.any()"),
+    "every point has converged": ("J, speed <= tolerance)", "J, speed <= jnp.inf)"),
+    "one start for all": ("jax.vmap(search)(h, z_x)", "jax.vmap(search)(h[:1] + 0 * h, z_x)"),
+    "the input of the first start for all": ("(input_zs(params, x), h.shape)",
+                                             "(input_zs(params, x)[:1], h.shape)"),
+}  # fmt: skip
+
+
+def finds_what_is_known(module) -> bool:
+    """Compares speeds and Jacobians with NumPy in a network with a leak for each unit.
+
+    Its starts are far from its fixed points, so steps are shortened. Another network has a line of
+    fixed points, where A is singular; one is known; and one has a slow point.
+    """
+
+    def find(params, h, x, **options):
+        return jax.jit(partial(module.fixed_points, **options))(params, h, x)
+
+    alpha, far, x = np.linspace(0.1, 1, 6), 4 * draw(1, 40, 6), draw(3, 40, 2)
+    params = network(0, 2, 6)._replace(W_h=jnp.asarray(1.5 * draw([2, 2], 6, 6)))
+    W_x, W_h, _, b_h, _ = (np.asarray(leaf) for leaf in params)
+    points = find(params, far, x, leak=alpha)
+    f = np.tanh(x @ W_x.T + points.h @ W_h.T + b_h)
+    speed = ((alpha * (points.h - f)) ** 2).sum(axis=-1) / 2
+    Js = np.diag(1 - alpha) + (alpha * (1 - f**2))[..., None] * W_h
+    first = find(params, far, x, leak=alpha, steps=1)
+    r = far - np.tanh(x @ W_x.T + far @ W_h.T + b_h)
+
+    zero = jnp.zeros(1)
+    line = find(
+        units([[1.0, -2.0], [0.0, 0.0]], [2.0, 1.0]), np.array([[0.3, 5.0]]), zero,
+        activation=jaxrnn.identity,
+    )  # fmt: skip
+    three = find(units([[2.0]]), np.array([[-0.9], [0.1], [0.8]]), zero, tolerance=1e-4)
+    slow = find(units([[2.0]], [-0.6]), np.array([[2.0]]), zero)
+    return (
+        bool(points.converged.all())
+        and np.allclose(points.speed, speed, rtol=1e-6, atol=1e-25)
+        and np.allclose(points.jacobian, Js, atol=1e-12)
+        and bool((first.speed < ((alpha * r) ** 2).sum(axis=-1) / 2).all())
+        and np.allclose(line.h, [[0.3, 1]])
+        and bool((three.speed < 1e-8).all())
+        and np.allclose(abs(three.h[:, 0]), [0.957504, 0, 0.957504], atol=1e-3)
+        and not slow.converged.any()
+    )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.replace(" ", "-"))
+def test_a_planted_fault_is_caught(fault):
+    assert not finds_what_is_known(with_fault([jacobians, equilibria], *FAULTS[fault]))
+
+
+@pytest.mark.usefixtures("x64")
+def test_without_a_fault_nothing_is_caught():
+    assert finds_what_is_known(with_fault([jacobians, equilibria], "n < steps", "n < steps"))
