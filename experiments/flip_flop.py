@@ -234,7 +234,7 @@ def draw_points(ax, row: dict):
         step = 0.08 * np.ptp(at, axis=0).max() * line / np.linalg.norm(line)
         ax.plot(*np.array([point - step, point + step]).T, color="C3", linewidth=2)
     ax.set(xlabel="component 1", ylabel="component 2", zlabel="component 3", title="one network")
-    ax.set_box_aspect((1, 1, 0.9), zoom=1.1)
+    ax.set_box_aspect((1, 1, 0.9), zoom=1.05)
     ax.legend(loc="upper left")
 
 
@@ -254,7 +254,7 @@ def draw(rows: list[dict]):
     grid = figure.add_gridspec(1, 2, width_ratios=(2, 1))
     for row in rows:
         if "trajectories" in row:
-            draw_points(figure.add_subplot(grid[0], projection="3d", elev=22, azim=-52), row)
+            draw_points(figure.add_subplot(grid[0], projection="3d", elev=15, azim=40), row)
     draw_finders(figure.add_subplot(grid[1]), [row for row in rows if "finder" in row])
     return figure
 
