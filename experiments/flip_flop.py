@@ -66,7 +66,7 @@ class Config:
     """Searches in each network."""
     adam_steps: int = 5_000
     """Steps of Adam."""
-    adam_rates: tuple[float, ...] = (0.01, 0.1)
+    adam_rates: tuple[float, ...] = (0.01, 0.3)
     """Initial learning rates of Adam in the search; exponential decay to a thousandth."""
     seeds: int = 6
     """Number of networks."""

@@ -68,8 +68,10 @@ def fixed_points(
     `steps`. `converged` marks the first kind.
 
     Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
-    trajectories with noise added. A leak does not move the fixed points, but changes their
-    Jacobians and speeds.
+    trajectories, and means of them, with noise added. No set of starts is sure to find all fixed
+    points. But a step of a tanh network maps the cube [-1, 1]^H into itself, so the signs of
+    det(I - dF/dh) at all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some
+    are missing. A leak does not move the fixed points, but changes their Jacobians and speeds.
 
     Args:
       params: Params in float32 or float64. In float32, speeds end at about 1e-14 H.
@@ -81,9 +83,10 @@ def fixed_points(
       tolerance: the highest speed of a point that counts as converged.
 
     Returns:
-      FixedPoints, in the order of the starts and in the parameters' dtype, with many duplicates:
-      `distinct` removes them. If it returns none, look at the `speed` of all points here: slightly
-      above the tolerance, more steps or float64 help; far above it, other starts.
+      FixedPoints, in the order of the starts and in the parameters' dtype. Many are duplicates,
+      which `distinct` removes, together with points that have not converged. Where nothing is left,
+      the speeds tell why: if they are slightly above the tolerance, more steps or float64 help; if
+      far above it, other starts.
 
     Raises:
       TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.

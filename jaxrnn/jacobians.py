@@ -124,9 +124,10 @@ def lyapunov_exponents(
 
         Q_t R_t = J_t Q_{t-1}        Q_0 = identity        exponents = mean_t log |diag R_t|
 
-    The QR factorisation at each step keeps the directions apart (Benettin et al. 1980). A largest
-    exponent below 0 means that trajectories with the same inputs meet; above 0 that they separate.
-    A transient is left out by starting from the h_T that it ends with.
+    The QR factorisation at each step keeps the directions apart (Benettin et al. 1980; for
+    recurrent networks Engelken, Wolf, Abbott 2023). A largest exponent below 0 means that nearby
+    trajectories with the same inputs meet; above 0 that they separate. A transient is left out by
+    starting from the h_T that it ends with.
 
     Args:
       params: Params.

@@ -26,6 +26,7 @@ NAMES = [
     "japanese_vowels",
     "polyphonic_music",
     "char_sweep",
+    "flip_flop",
     "char_lm",
 ]
 
@@ -102,6 +103,7 @@ def test_a_value_out_of_range_is_one_line_before_anything_else(
         ("char_sweep", {"hidden_sizes": (4, 0)}, "--hidden-sizes: expected at least 1, got 0"),
         ("adding", {"regularizer": -1.0}, "--regularizer: expected at least 0, got -1.0"),
         ("adding", {"regularizer": float("nan")}, "--regularizer: expected at least 0, got nan"),
+        ("flip_flop", {"hidden_size": 2}, "--hidden-size: expected at least 3, got 2"),
         ("benchmark", {"repeats": 0}, "--repeats: expected at least 1, got 0"),
     ],
 )

@@ -29,6 +29,7 @@ NAMES = [
     "japanese_vowels",
     "polyphonic_music",
     "char_sweep",
+    "flip_flop",
 ]
 
 
