@@ -21,7 +21,7 @@ from jaxrnn.activations import Activation, check_activation, tanh
 from jaxrnn.batches import check_input, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
-from jaxrnn.recurrence import input_zs, leaky
+from jaxrnn.recurrence import input_zs, leaky, match_varying_axes
 
 STEP_SIZES = 0.5 ** np.arange(10)
 """Multiples of a step that are tried, the largest first."""
@@ -72,6 +72,9 @@ def fixed_points(
     points. But a step of a tanh network maps the cube [-1, 1]^H into itself, so the signs of
     det(I - dF/dh) at all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some
     are missing. A leak does not move the fixed points, but changes their Jacobians and speeds.
+
+    Networks or starts that are split over devices need `jax.shard_map`: under plain `jit` all
+    devices wait for one another after each step, in which XLA on a CPU can block for ever.
 
     Args:
       params: Params in float32 or float64. In float32, speeds end at about 1e-14 H.
@@ -160,6 +163,7 @@ def _search(
         return n + 1, h, q, falls.any()
 
     start = jnp.int32(0), h, jnp.asarray(jnp.inf, h.dtype), jnp.bool_(True)
+    start = match_varying_axes(start, residual(h))
     return lax.while_loop(unfinished, body, start)[1]
 
 

@@ -270,3 +270,17 @@ def test_a_wrong_type_on_the_host_is_named():
         stability([[1.0]])
     with pytest.raises(TypeError, match=r"^margin: expected a number, got None$"):
         stability(np.eye(2), margin=None)
+
+
+def test_networks_split_over_devices_are_searched_without_communication():
+    mesh = jax.make_mesh((2,), ("networks",), devices=jax.devices()[:2])
+    split = jax.sharding.PartitionSpec("networks")
+    networks = [network(n, 2, 5) for n in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *networks)
+    starts = jnp.asarray(draw(0, 2, 20, 5), jnp.float32)
+    search = jax.vmap(lambda params, h: fixed_points(params, h, jnp.zeros(2)))
+    specs = {"in_specs": split, "out_specs": split}
+    searched = jax.jit(jax.shard_map(search, mesh=mesh, **specs)).lower(stacked, starts).compile()
+    assert "all-reduce" not in searched.as_text()
+    expected = jax.jit(search)(stacked, starts)
+    np.testing.assert_allclose(searched(stacked, starts).h, expected.h, atol=1e-5)
