@@ -275,7 +275,7 @@ def test_a_wrong_type_on_the_host_is_named():
 def test_networks_split_over_devices_are_searched_without_communication():
     mesh = jax.sharding.Mesh(jax.devices()[:2], "networks")
     split = jax.sharding.PartitionSpec("networks")
-    networks = [network(n, 2, 5) for n in range(2)]
+    networks = [network(n, 2, 5)._replace(W_h=jnp.asarray(draw(n, 5, 5) / 2)) for n in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *networks)
     starts = jnp.asarray(draw(0, 2, 20, 5), jnp.float32)
     search = jax.vmap(lambda params, h: fixed_points(params, h, jnp.zeros(2)))
@@ -283,4 +283,5 @@ def test_networks_split_over_devices_are_searched_without_communication():
     searched = jax.jit(jax.shard_map(search, mesh=mesh, **specs))
     assert "all-reduce" not in searched.lower(stacked, starts).compile().as_text()
     expected = jax.jit(search)(stacked, starts)
+    assert expected.converged.all()
     np.testing.assert_allclose(searched(stacked, starts).h, expected.h, atol=1e-5)
