@@ -24,9 +24,11 @@ from jaxrnn.activations import Activation, identity, relu, sigmoid, softplus, ta
 from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch
 from jaxrnn.dynamics import Flow, gradient_flow
+from jaxrnn.equilibria import FixedPoints, distinct, fixed_points, stability
 from jaxrnn.evaluation import evaluate
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
 from jaxrnn.gradients import reparametrized
+from jaxrnn.jacobians import jacobian, lyapunov_exponents
 from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, mean_loss, squared_error
 from jaxrnn.parallel import data_parallel
 from jaxrnn.params import Params, init, scaled_identity
@@ -45,6 +47,7 @@ __all__ = [
     "Diverged",
     "Evaluation",
     "Fit",
+    "FixedPoints",
     "Flow",
     "Loss",
     "Metrics",
@@ -57,15 +60,19 @@ __all__ = [
     "checkpoints",
     "cross_entropy",
     "data_parallel",
+    "distinct",
     "evaluate",
     "fit",
+    "fixed_points",
     "gradient_flow",
     "hidden_states",
     "identity",
     "init",
     "init_state",
     "interop",
+    "jacobian",
     "load_fit",
+    "lyapunov_exponents",
     "make_update",
     "mask_from_lengths",
     "mean_loss",
@@ -81,6 +88,7 @@ __all__ = [
     "sigmoid",
     "softplus",
     "squared_error",
+    "stability",
     "step",
     "tanh",
     "unpad",
