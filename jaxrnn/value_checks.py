@@ -4,15 +4,19 @@ import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrnn import checks
+from jaxrnn.activations import Activation, check_activation
 from jaxrnn.batches import Batch, check_batch, per_step, steps_shape
 from jaxrnn.gradients import PyTree
 from jaxrnn.params import Params, check_params
 
 
-def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
+def check_values(
+    params: PyTree, batch: Batch, h_0: PyTree = None, *, activation: Activation | None = None
+) -> None:
     """Checks on the host what only values show. Call it once on data, before any `jit`.
 
     JAX clamps an index past the end, a wrong label gives a finite, wrong gradient, and 64-bit
@@ -23,12 +27,14 @@ def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
         values are checked.
       batch: Batch of concrete arrays, of NumPy or JAX.
       h_0: (*batch, H), the initial state; None for zeros.
+      activation: an Activation whose df is compared with autodiff of its f; None checks none.
 
     Raises:
       TypeError: a mask or reset is not bool, or targets or weights are not numbers.
       ValueError: shapes do not fit; tokens lie outside [0, I) or integer labels outside [0, O);
         parameters, states, inputs, targets, weights or drive are not finite; a weight is negative;
-        a 64-bit value does not fit 32 bits. The message names the first such place.
+        a 64-bit value does not fit 32 bits; activation.df is not the derivative of f. The message
+        names the first such place.
 
     Warns:
       UserWarning: JAX rounds float64 values to float32.
@@ -45,6 +51,8 @@ def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
     else:
         check_params(network)
     check_batch(network, batch, h_0)
+    if activation is not None:
+        _check_derivative(activation)
     for name, tree in (("params", params), ("h_0", h_0)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             _check_numbers(name + jax.tree_util.keystr(path), np.asarray(leaf))
@@ -69,6 +77,23 @@ def check_values(params: PyTree, batch: Batch, h_0: PyTree = None) -> None:
         if len(negative):
             first = tuple(int(i) for i in negative[0])
             raise ValueError(f"weights: expected none below 0, got {weights[first]} at {first}")
+
+
+def _check_derivative(activation: Activation) -> None:
+    """Raises ValueError unless df(f(z)) is f'(z), on a grid that has no integers."""
+    check_activation(activation, jnp.float32)
+    if activation.df is None:
+        return
+    zs = jnp.linspace(-5.03, 5.02, 256)
+    got = np.asarray(activation.df(activation.f(zs)))
+    expected = np.asarray(jax.jvp(activation.f, (zs,), (jnp.ones_like(zs),))[1])
+    wrong = np.flatnonzero(~np.isclose(got, expected, rtol=1e-2, atol=1e-3))
+    if wrong.size:
+        first = wrong[0]
+        raise ValueError(
+            f"activation.df: expected f'(z) = {expected[first]:.4g} at z = {zs[first]:.4g}, got "
+            f"{got[first]:.4g}; where f' does not follow from h, use Activation(f)"
+        )
 
 
 def _check_numbers(name: str, values: np.ndarray, valid: Any = True, where: str = "") -> None:

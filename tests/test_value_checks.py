@@ -1,11 +1,12 @@
 """`check_values` and `mask_from_lengths`: what only values show is named with its place."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch
+from jaxrnn import Activation, Batch
 from tests.test_checks import BATCH, LABELS, NAN, PARAMS, XS, B, H, O, T, numpy_xs, zeros
 
 
@@ -120,3 +121,22 @@ def test_a_warning_names_the_line_that_called():
     with pytest.warns(UserWarning, match="float32") as caught:
         jaxrnn.check_values(PARAMS, BATCH._replace(weights=np.full((T, B), 0.1)))
     assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("name", ["tanh", "relu", "sigmoid", "identity", "softplus"])
+def test_the_derivatives_of_the_activations_pass_their_check(name):
+    jaxrnn.check_values(PARAMS, BATCH, activation=getattr(jaxrnn, name))
+    jaxrnn.check_values(PARAMS, BATCH, activation=Activation(jax.nn.gelu))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        Activation(jax.nn.gelu, jaxrnn.relu.df),
+        Activation(jnp.tanh, lambda h: 1 - h),
+        Activation(jnp.tanh, lambda h: h * jnp.nan),
+    ],
+)
+def test_a_df_that_is_not_the_derivative_of_f_is_named(activation):
+    with pytest.raises(ValueError, match=r"^activation.df: expected f'\(z\) = .* at z = "):
+        jaxrnn.check_values(PARAMS, BATCH, activation=activation)
