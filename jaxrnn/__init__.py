@@ -19,10 +19,11 @@ Shapes: T steps, zero or more batch axes, time first: xs (T, *batch, I), hs (T, 
 ys (T, *batch, O). A plural is a trajectory. A leading d is the derivative of the loss.
 """
 
-from jaxrnn import checkpoints, interop, serialization
+from jaxrnn import checkpoints, curvature, interop, online, serialization
 from jaxrnn.activations import Activation, identity, relu, sigmoid, softplus, tanh
 from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch
+from jaxrnn.curvature import gauss_newton_product
 from jaxrnn.dynamics import Flow, gradient_flow
 from jaxrnn.equilibria import FixedPoints, distinct, fixed_points, stability
 from jaxrnn.evaluation import evaluate
@@ -30,6 +31,7 @@ from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
 from jaxrnn.gradients import reparametrized
 from jaxrnn.jacobians import jacobian, lyapunov_exponents
 from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, mean_loss, squared_error
+from jaxrnn.online import rtrl, snap1, uoro
 from jaxrnn.parallel import data_parallel
 from jaxrnn.params import Params, init, scaled_identity
 from jaxrnn.recurrence import readout
@@ -59,11 +61,13 @@ __all__ = [
     "check_values",
     "checkpoints",
     "cross_entropy",
+    "curvature",
     "data_parallel",
     "distinct",
     "evaluate",
     "fit",
     "fixed_points",
+    "gauss_newton_product",
     "gradient_flow",
     "hidden_states",
     "identity",
@@ -76,16 +80,19 @@ __all__ = [
     "make_update",
     "mask_from_lengths",
     "mean_loss",
+    "online",
     "pad",
     "readout",
     "relu",
     "reparametrized",
+    "rtrl",
     "save_fit",
     "scaled_identity",
     "sequence_loss",
     "serialization",
     "sgd",
     "sigmoid",
+    "snap1",
     "softplus",
     "squared_error",
     "stability",
@@ -93,5 +100,6 @@ __all__ = [
     "tanh",
     "unpad",
     "unroll",
+    "uoro",
     "windows",
 ]

@@ -215,6 +215,39 @@ def reverse_scan(
     return lax.scan(body, dh_next, inputs, reverse=True, unroll=scan_unroll())
 
 
+def tangent_scan(
+    W_h: Array,
+    h_0_dot: Array,
+    zs_dot: Array,
+    f_primes: Array,
+    leaks_dot: Array | None,
+    leak: Array | None,
+    mask: Array | None,
+    reset: Array | None,
+) -> Array:
+    """The forward loop of the tangents: h_dot_t of each step, (T, *batch, H).
+
+        h_dot_t = (1 - alpha) h_dot_{t-1} + alpha f'(z_t) * (z_dot_t + W_h h_dot_{t-1})
+
+    `zs_dot` is the part of z_dot_t that comes from the weights and inputs, `f_primes` is
+    alpha f'(z_t), and `leaks_dot` the part of h_dot_t that comes from alpha, or None.
+    """
+
+    def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
+        z_dot, f_prime, leak_dot, valid, reset_t = inputs
+        h_dot_before = unless_reset(reset_t, h_dot)
+        h_dot_new = f_prime * (z_dot + h_dot_before @ W_h.T)
+        if leak is not None:
+            h_dot_new = h_dot_new + (1 - leak) * h_dot_before
+        if leak_dot is not None:
+            h_dot_new = h_dot_new + leak_dot
+        h_dot = hold(valid, h_dot_new, h_dot)
+        return h_dot, h_dot
+
+    inputs = zs_dot, f_primes, leaks_dot, mask, reset
+    return lax.scan(body, h_0_dot, inputs, unroll=scan_unroll())[1]
+
+
 def derivatives(
     activation: Activation,
     leak: Array | None,
@@ -272,19 +305,7 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
     if fs is not None and not isinstance(tangents[3], SymbolicZero):
         leaks_dot = tangents[3] * (fs - hs_before)
 
-    def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
-        z_dot, f_prime, leak_dot, valid, reset_t = inputs
-        h_dot_before = unless_reset(reset_t, h_dot)
-        h_dot_new = f_prime * (z_dot + h_dot_before @ W_h.T)
-        if leak is not None:
-            h_dot_new = h_dot_new + (1 - leak) * h_dot_before
-        if leak_dot is not None:
-            h_dot_new = h_dot_new + leak_dot
-        h_dot = hold(valid, h_dot_new, h_dot)
-        return h_dot, h_dot
-
-    inputs = zs_dot, f_primes, leaks_dot, mask, reset
-    return hs, lax.scan(body, h_0_dot, inputs, unroll=scan_unroll())[1]
+    return hs, tangent_scan(W_h, h_0_dot, zs_dot, f_primes, leaks_dot, leak, mask, reset)
 
 
 hoisted_recur.defjvp(_hoisted_recur_jvp, symbolic_zeros=True)

@@ -1,0 +1,241 @@
+"""Curvature: products with the Gauss-Newton matrix of the loss (Schraudolph 2002; Martens 2010).
+
+    G = J^T H_L J        J = dy / dtheta of all outputs        H_L = d2L / dy2
+
+dl/dy is the output error, so H_L y_dot is the change of the errors along y_dot. G v takes a loop
+forward, which gives the change y_dot_t of the outputs along v, and the reverse loop of `bptt`; see
+linearization.py. What both read of the forward pass, h_t and y_t, is computed once for any number
+of products. As in `bptt`, all products but that with W_h are taken by blocks of time.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxrnn import checks
+from jaxrnn.activations import Activation, tanh
+from jaxrnn.batches import Batch, divide_by_count, step_weights
+from jaxrnn.blocks import block_steps, near_divisor, scan_blocks
+from jaxrnn.linearization import (
+    Network,
+    block_tangents,
+    block_transpose,
+    linearization_states,
+)
+from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
+from jaxrnn.params import Params, as_leak, at_least_float32
+from jaxrnn.recurrence import initial_state, match_varying_axes
+
+Product: TypeAlias = Callable[..., Params]
+"""v -> G v; with structural=c, G v and c times the Gauss-Newton product of the hidden states."""
+
+
+def check_direction(v: Any, params: Params) -> None:
+    """Raises TypeError or ValueError unless v has the structure, shapes and dtype of params."""
+    if not isinstance(v, Params):
+        raise TypeError(f"v: expected Params, got {type(v).__name__}")
+    for name, leaf in v._asdict().items():
+        like = getattr(params, name)
+        checks.check_array(f"v.{name}", leaf)
+        checks.check_shape(f"v.{name}", leaf, like.shape, f"as params.{name}")
+        if leaf.dtype != like.dtype:
+            raise TypeError(f"v.{name}: expected {like.dtype} as params.{name}, got {leaf.dtype}")
+
+
+def product_block_steps(params: Params, batch: Batch) -> int:
+    """The steps of a block. A product reads twice the arrays of `bptt`, so blocks have half the
+    steps, unless all steps fit one block."""
+    T, K = batch.xs.shape[0], block_steps(params, batch)
+    return K if K == T else near_divisor(T, max(1, K // 2))
+
+
+def gauss_newton(
+    params: Params,
+    batch: Batch,
+    h_0: Array | None = None,
+    *,
+    activation: Activation = tanh,
+    leak: ArrayLike | None = None,
+    loss: Loss = cross_entropy,
+    checkpoint_every: int | None = None,
+) -> Product:
+    """The function v -> G v, for many products at the same parameters, as conjugate gradients take.
+
+    The forward pass is computed here, once. Call it and the products under the same `jit`. Products
+    are symmetric in the sense u^T (G v) = v^T (G u), and v^T G v >= 0 if the loss is convex in y,
+    as that of every matched pair is.
+
+    Args:
+      params: Params.
+      batch: Batch.
+      h_0: (*batch, H); zeros if None. It does not depend on the parameters.
+      activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1. It is fixed.
+      loss: g and its loss, the mean over the steps that count. Its `error` is differentiated once.
+      checkpoint_every: K stores about every K-th state and change of state. Each product then
+        computes the others again, in three more loops over time. Memory is proportional to T/K + K
+        instead of T. None stores the states and outputs of all steps.
+
+    Returns:
+      product(v, structural=None): v are Params; G v are Params of the same dtype, summed over time
+      in float32 at least. With a number c, it is G v + c S v, where S is the Gauss-Newton matrix of
+      sum_t |h_t|^2 / 2 over the steps that exist, divided by the same count as the loss: the
+      structural damping of `damped`.
+
+    Raises:
+      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
+    >>> _, grads = jaxrnn.bptt(params, batch)
+    >>> product = damped(gauss_newton(params, batch), 0.1)
+    >>> step, _ = jax.scipy.sparse.linalg.cg(product, grads, maxiter=50)
+    >>> new = jax.tree.map(jnp.subtract, params, step)
+    >>> bool(jaxrnn.sequence_loss(new, batch)[0] < jaxrnn.sequence_loss(params, batch)[0] / 2)
+    True
+    """
+    check_loss_arguments(params, batch, h_0, activation, leak, loss)
+    if checkpoint_every is not None:
+        checks.check_size("checkpoint_every", checkpoint_every)
+    h_0 = initial_state(params, batch.xs, h_0)
+    network = Network(params, activation, as_leak(params, leak), loss)
+    if batch.xs.shape[0] == 0:
+        return lambda v, structural=None: jax.tree.map(jnp.zeros_like, v)
+    stored = checkpoint_every is None
+    K = near_divisor(batch.xs.shape[0], checkpoint_every or product_block_steps(params, batch))
+
+    def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
+        states = linearization_states(network, block, h)
+        return states[0][-1], (h, states if stored else None)
+
+    _, saved = scan_blocks(forward, h_0, batch, K)
+
+    def product(v: Params, structural: ArrayLike | None = None) -> Params:
+        check_direction(v, params)
+        return _product(network, batch, h_0, K, saved, v, structural)
+
+    return product
+
+
+def _product(
+    network: Network,
+    batch: Batch,
+    h_0: Array,
+    K: int,
+    saved: Any,
+    v: Params,
+    structural: ArrayLike | None,
+) -> Params:
+    """G v, from the states before each block and, unless they are None, those within."""
+
+    def forward(h_dot: Array, block: Batch, saved: Any) -> tuple[Array, Any]:
+        h, states = saved
+        stored = states is not None
+        states = states if stored else linearization_states(network, block, h)
+        h_dots = block_tangents(network, v, block, h, states, h_dot)
+        return h_dots[-1], (h_dot, h_dots if stored else None)
+
+    def backward(carry: Any, block: Batch, saved: Any) -> tuple[Any, None]:
+        dh_next, sums = carry
+        (h, states), (h_dot, h_dots) = saved
+        if states is None:
+            states = linearization_states(network, block, h)
+            h_dots = block_tangents(network, v, block, h, states, h_dot)
+        dh_next, block_sums = block_transpose(
+            network, v, block, h, states, h_dots, dh_next, structural
+        )
+        return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
+
+    dtype = at_least_float32(v.W_h.dtype)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), v)
+    h_0_dot = jnp.zeros_like(h_0)  # h_0 does not depend on the parameters
+    h_0_dot, carry = match_varying_axes((h_0_dot, (h_0_dot, zeros)), h_0)
+    _, tangents = scan_blocks(forward, h_0_dot, batch, K, saved)
+    (_, sums), _ = scan_blocks(backward, carry, batch, K, (saved, tangents), reverse=True)
+    means = divide_by_count(sums, step_weights(batch, dtype).sum())
+    Gv: Params = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), means, v)
+    return Gv
+
+
+def damped(product: Product, damping: ArrayLike, structural: ArrayLike | None = None) -> Product:
+    """The product with the damped matrix, which conjugate gradients invert.
+
+        v -> G v + lambda v                     Levenberg-Marquardt (Martens 2010)
+        v -> G v + lambda v + lambda mu S v     structural damping (Martens and Sutskever 2011)
+
+    The first penalises the change of the parameters, |v|^2; the second also the change of the
+    hidden states, which small changes of the parameters can make large: v^T S v is the sum of
+    |h_dot_t|^2 over the steps that exist, divided by the count of the loss.
+
+    Args:
+      product: from `gauss_newton`.
+      damping: lambda, a number.
+      structural: mu, a number; None leaves the term out.
+
+    Returns:
+      v -> the product, with the structure of v.
+
+    >>> double = lambda v, structural=None: jax.tree.map(lambda leaf: 2 * leaf, v)
+    >>> float(damped(double, 0.5)(jnp.array(4.0)))
+    10.0
+    """
+
+    def damped_product(v: Params) -> Params:
+        Gv = product(v) if structural is None else product(v, structural=damping * structural)
+        total: Params = jax.tree.map(lambda g, leaf: (g + damping * leaf).astype(leaf.dtype), Gv, v)
+        return total
+
+    return damped_product
+
+
+def gauss_newton_product(
+    params: Params,
+    batch: Batch,
+    v: Params,
+    h_0: Array | None = None,
+    *,
+    activation: Activation = tanh,
+    leak: ArrayLike | None = None,
+    loss: Loss = cross_entropy,
+) -> Params:
+    """G v = J^T H_L J v, the product with the Gauss-Newton matrix of the loss (Schraudolph 2002).
+
+        J = dy / dtheta of all outputs        H_L = d2L / dy2        L as in `sequence_loss`
+
+    G is the Hessian of the loss if the network is replaced by its linearisation at theta. For
+    several products at the same parameters, `curvature.gauss_newton` shares the forward pass.
+
+    Args:
+      params: Params.
+      batch: Batch.
+      v: the direction, Params of the shapes and dtype of `params`.
+      h_0: (*batch, H); zeros if None.
+      activation: f.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1.
+      loss: g and its loss.
+
+    Returns:
+      G v, Params in the parameters' dtype, summed over time in float32 at least.
+
+    Raises:
+      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
+    >>> Gv = gauss_newton_product(params, batch, params)
+    >>> outputs = lambda params: jaxrnn.unroll(params, batch.xs)[1]
+    >>> y, y_dot = jax.jvp(outputs, (params,), (params,))
+    >>> y_hat = jax.nn.softmax(y)
+    >>> vHv = (y_hat * y_dot**2).sum(-1) - (y_hat * y_dot).sum(-1) ** 2
+    >>> vGv = sum(jnp.vdot(a, b) for a, b in zip(params, Gv))
+    >>> bool(jnp.allclose(vGv, vHv.mean(), atol=1e-5))
+    True
+    """
+    product = gauss_newton(params, batch, h_0, activation=activation, leak=leak, loss=loss)
+    return product(v)

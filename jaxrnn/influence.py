@@ -1,0 +1,143 @@
+"""The influence of the parameters on the state, dh_t / dtheta: exact, diagonal, of rank one.
+
+    z_t = theta u_t        theta = [W_x W_h b_h]        u_t = [x_t; h_{t-1}; 1]
+    J_t = (1 - alpha) J_{t-1} + alpha f'(z_t) * (W_h J_{t-1} + dz_t / dtheta)
+
+theta has H rows and N = I + H + 1 columns, and dz_i / dtheta_jn = u_n if i = j, else 0.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxrnn import checks
+from jaxrnn.params import Params
+
+
+def augmented_input(params: Params, x: Array, h_before: Array) -> Array:
+    """u_t = [x_t; h_{t-1}; 1], (*batch, I + H + 1); a token x is a one-hot vector."""
+    if checks.is_integer(x):
+        x = jax.nn.one_hot(x.astype(jnp.int32), params.W_x.shape[1])
+    ones = jnp.ones_like(h_before[..., :1])
+    return jnp.concatenate([x.astype(h_before.dtype), h_before, ones], axis=-1)
+
+
+class Influence(NamedTuple):
+    """A way to carry J_t, three pure functions.
+
+    Attributes:
+      start: (h, N) -> J_0 = 0, for a state h (*batch, H).
+      advance: (J, W_h, f_prime, leak, u, key) -> J_t from J = J_{t-1}, with f_prime (*batch, H)
+        alpha f'(z_t), leak alpha or None, u (*batch, N), and a key or None.
+      contract: (J, dh, dtype) -> sum of dh_t^T J_t over the batch, (H, N), summed in dtype.
+      random: whether `advance` needs a key.
+    """
+
+    start: Callable[[Array, int], Any]
+    advance: Callable[..., Any]
+    contract: Callable[[Any, Array, DTypeLike], Array]
+    random: bool = False
+
+
+def carried(leak: Array | None, h_dot: Array, h_dot_new: Array) -> Array:
+    """(1 - alpha) h_dot_{t-1} + h_dot_new, for a tangent of the state; alpha is 1 if None."""
+    return h_dot_new if leak is None else (1 - leak) * h_dot + h_dot_new
+
+
+def _full_start(h: Array, N: int) -> Array:
+    return jnp.zeros((*h.shape, N, h.shape[-1]), h.dtype)
+
+
+def _full_advance(
+    J: Array, W_h: Array, f_prime: Array, leak: Array | None, u: Array, key: None
+) -> Array:
+    """J[..., j, n, :] is dh / dtheta_jn, a tangent of the state."""
+    del key  # nothing is random
+    direct = u[..., None, :, None] * jnp.eye(len(W_h), dtype=u.dtype)[:, None, :]
+    return carried(leak, J, f_prime[..., None, None, :] * (J @ W_h.T + direct))
+
+
+def _full_contract(J: Array, dh: Array, dtype: DTypeLike) -> Array:
+    return jnp.einsum("...jni,...i->jn", J, dh, preferred_element_type=dtype)
+
+
+full = Influence(_full_start, _full_advance, _full_contract)
+"""J_t itself, (*batch, H, N, H): real-time recurrent learning (Williams and Zipser 1989). For each
+step, O(B H^2 N) memory and O(B H^3 N) time."""
+
+
+def _diagonal_start(h: Array, N: int) -> Array:
+    return jnp.zeros((*h.shape, N), h.dtype)
+
+
+def _diagonal_advance(
+    J: Array, W_h: Array, f_prime: Array, leak: Array | None, u: Array, key: None
+) -> Array:
+    """J[..., j, n] is dh_j / dtheta_jn through the unit j alone."""
+    del key  # nothing is random
+    leak = None if leak is None else jnp.broadcast_to(leak, f_prime.shape)[..., None]
+    W_jj = jnp.diagonal(W_h)[:, None]
+    return carried(leak, J, f_prime[..., None] * (W_jj * J + u[..., None, :]))
+
+
+def _diagonal_contract(J: Array, dh: Array, dtype: DTypeLike) -> Array:
+    return jnp.einsum("...jn,...j->jn", J, dh, preferred_element_type=dtype)
+
+
+diagonal = Influence(_diagonal_start, _diagonal_advance, _diagonal_contract)
+"""The elements dh_j / dtheta_jn of J_t, (*batch, H, N): SnAp-1 (Menick et al. 2021). For each step,
+O(B H N) memory and time, as the forward pass takes."""
+
+
+class RankOne(NamedTuple):
+    """J_t as an outer product: dh_i / dtheta_jn is h_i theta_jn in the mean over random signs.
+
+    Attributes:
+      h: (*batch, H).
+      theta: (*batch, H, N).
+    """
+
+    h: Array
+    theta: Array
+
+
+def balance(a: RankOne) -> RankOne:
+    """The same outer product from factors of equal norm, which keeps the variance small."""
+    h_norm = jnp.linalg.norm(a.h, axis=-1)
+    theta_norm = jnp.sqrt((a.theta**2).sum((-2, -1)))
+    some = (h_norm > 0) & (theta_norm > 0)
+    ratio = jnp.where(some, theta_norm, 1) / jnp.where(some, h_norm, 1)
+    rho = jnp.where(some, jnp.sqrt(ratio), 0)
+    inverse = jnp.where(some, 1 / jnp.sqrt(ratio), 0)
+    return RankOne(rho[..., None] * a.h, inverse[..., None, None] * a.theta)
+
+
+def _rank_one_start(h: Array, N: int) -> RankOne:
+    return RankOne(jnp.zeros_like(h), jnp.zeros((*h.shape, N), h.dtype))
+
+
+def _rank_one_advance(
+    J: RankOne, W_h: Array, f_prime: Array, leak: Array | None, u: Array, key: Array
+) -> RankOne:
+    """Two outer products, and a sum of rank one whose mean over signs nu they are:
+
+    E (a + nu) (b + nu^T D)^T = a b^T + D        since E nu = 0 and E nu nu^T = 1
+    """
+    signs = jax.random.rademacher(key, f_prime.shape, f_prime.dtype)
+    past = balance(RankOne(carried(leak, J.h, f_prime * (J.h @ W_h.T)), J.theta))
+    new = balance(RankOne(signs, (signs * f_prime)[..., None] * u[..., None, :]))
+    return RankOne(past.h + new.h, past.theta + new.theta)
+
+
+def _rank_one_contract(J: RankOne, dh: Array, dtype: DTypeLike) -> Array:
+    scale = (dh.astype(dtype) * J.h.astype(dtype)).sum(-1)
+    return jnp.einsum("...,...jn->jn", scale, J.theta.astype(dtype))
+
+
+rank_one = Influence(_rank_one_start, _rank_one_advance, _rank_one_contract, random=True)
+"""A random matrix of rank one whose mean is J_t: UORO (Tallec and Ollivier 2018). O(B H N) memory
+and time for each step."""

@@ -1,0 +1,295 @@
+"""The Gauss-Newton product against the dense J^T H_L J of autodiff."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jaxrnn
+from jaxrnn import Batch, curvature, linearization, recurrence
+from tests.conftest import default_and_thorough
+from tests.faults import with_fault
+from tests.reference import plain_unroll, random_case, relative_errors, with_defaults
+
+AGREEMENT = 1e-10
+CAUGHT = 1e-3
+
+
+def draw(structure, **fixed):
+    """Half of the structures have a leak, half a drive."""
+    fixed = {"leak": structure % 2 == 0, "drive": structure % 4 < 2, "largest_T": 12} | fixed
+    return random_case(4000 + structure, **{"largest_size": 3} | fixed)
+
+
+def random_direction(params, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), params)
+
+
+def states_and_outputs(case):
+    """theta -> the states and the outputs of the plain scan, and theta as a vector."""
+    theta, unravel = ravel_pytree(case.params)
+    batch, h_0 = with_defaults(case.params, case.batch, case.h_0)
+    activation, leak = case.keywords["activation"], case.leak
+
+    def states(theta):  # an identity readout gives the states; those of masked steps are zero
+        params = unravel(theta)
+        H = len(params.b_h)
+        params = params._replace(W_y=jnp.eye(H), b_y=jnp.zeros(H))
+        steps = params, batch.xs, h_0, batch.mask, batch.reset, activation, leak, batch.drive
+        return plain_unroll(*steps)[1]
+
+    def outputs(theta):
+        params = unravel(theta)
+        steps = params, batch.xs, h_0, batch.mask, batch.reset, activation, leak, batch.drive
+        return plain_unroll(*steps)[1]
+
+    return states, outputs, theta, unravel
+
+
+def dense(case, structural=0.0):
+    """G, and structural times the matrix of the states, from Jacobians of the plain scan and the
+    Hessian of the value of the loss."""
+    batch, _ = with_defaults(case.params, case.batch, case.h_0)
+    states, outputs, theta, _ = states_and_outputs(case)
+    exists = batch.mask.reshape((*batch.mask.shape, *[1] * (batch.targets.ndim - batch.mask.ndim)))
+    targets = jnp.where(exists, batch.targets, jnp.zeros_like(batch.targets))
+    weights = batch.weights * batch.mask
+    count = jnp.where(weights.sum() == 0, 1, weights.sum())
+
+    @jax.jit
+    def matrix(theta):
+        ys, J = outputs(theta), jax.jacobian(outputs)(theta)
+        steps = weights.size
+        O = ys.shape[-1]
+        hessian = jax.vmap(jax.hessian(case.keywords["loss"].value))
+        H_L = hessian(ys.reshape(steps, O), targets.reshape(steps, *targets.shape[weights.ndim :]))
+        J = J.reshape(steps, O, -1)
+        S = jax.jacobian(states)(theta).reshape(-1, len(theta))
+        G = jnp.einsum("s,sop,soq,sqr->pr", weights.reshape(steps), J, H_L, J)
+        return (G + structural * S.T @ S) / count
+
+    return matrix(theta)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("structure", default_and_thorough(range(8), 44))
+def test_product_equals_the_dense_one(structure, monkeypatch):
+    """With blocks of one, three or all steps, with structural damping, and with recomputed states.
+
+    The products with all unit vectors are G itself, which must be symmetric and not negative.
+    """
+    K = [None, 1, 3][structure % 3]
+    if K:
+        monkeypatch.setattr(curvature, "block_steps", lambda *_: 2 * K)
+    case = draw(structure)
+    keywords = case.keywords | {"checkpoint_every": case.checkpoint_every}
+    theta, unravel = ravel_pytree(case.params)
+
+    @jax.jit
+    def products(params, batch, h_0):
+        every = jax.vmap(unravel)(jnp.eye(len(theta)))
+        plain = partial(jaxrnn.gauss_newton_product, params, batch, h_0=h_0, **case.keywords)
+        product = curvature.gauss_newton(params, batch, h_0, **keywords)
+        both = jax.vmap(plain)(every), jax.vmap(partial(product, structural=0.3))(every)
+        return [jax.vmap(lambda tree: ravel_pytree(tree)[0])(tree) for tree in both]
+
+    G, G_structural = products(*case.arguments)
+    for got, structural in ((G, 0.0), (G_structural, 0.3)):
+        want = dense(case, structural)
+        assert max(relative_errors(got, want)) <= AGREEMENT
+        scale = float(jnp.abs(want).max())
+        assert np.abs(got - got.T).max() <= 1e-13 * scale
+        assert np.linalg.eigvalsh(got).min() >= -1e-12 * scale
+
+
+@pytest.mark.usefixtures("x64")
+def test_damping_adds_multiples_of_the_direction_and_of_the_states():
+    case = draw(0)
+    product = curvature.gauss_newton(*case.arguments, **case.keywords)
+    v = random_direction(case.params)
+    theta_dot = ravel_pytree(v)[0]
+    for mu in (None, 0.2):
+        damped = ravel_pytree(curvature.damped(product, 0.5, mu)(v))[0]
+        G = dense(case, 0.0 if mu is None else 0.1)
+        assert max(relative_errors(damped, G @ theta_dot + 0.5 * theta_dot)) <= AGREEMENT
+
+
+@pytest.mark.usefixtures("x64")
+def test_an_activation_without_df():
+    case = draw(1, activation="tanh")
+    v = random_direction(case.params)
+    keywords = case.keywords
+    expected = jaxrnn.gauss_newton_product(case.params, case.batch, v, case.h_0, **keywords)
+    keywords = keywords | {"activation": jaxrnn.Activation(jnp.tanh)}
+    got = jaxrnn.gauss_newton_product(case.params, case.batch, v, case.h_0, **keywords)
+    assert max(relative_errors(got, expected)) <= AGREEMENT
+
+
+@pytest.mark.parametrize("nothing", ["mask", "weights", "T"])
+def test_product_is_zero_if_no_step_counts(nothing):
+    params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
+    batch = Batch(jnp.ones((5, 4, 2)), jnp.zeros((5, 4), int))
+    if nothing == "mask":
+        batch = batch._replace(mask=jnp.zeros((5, 4), bool))
+    if nothing == "weights":
+        batch = batch._replace(weights=jnp.zeros((5, 4)))
+    if nothing == "T":
+        batch = jax.tree.map(lambda leaf: leaf[:0], batch)
+    product = jaxrnn.gauss_newton_product(params, batch, params)
+    assert all((leaf == 0).all() for leaf in product)
+
+
+def test_nan_in_padding_changes_no_bit():
+    case = random_case(
+        11, dtype=np.float32, T=9, batch_shape=(4,), tokens=False, mask=True, reset=True,
+        weights=True, h_0=True, loss="squared_error", leak=True, drive=True,
+    )  # fmt: skip
+    mask = case.batch.mask[..., None]
+    dirty = case.batch._replace(
+        **{
+            name: jnp.where(mask, getattr(case.batch, name), jnp.nan)
+            for name in ("xs", "targets", "drive")
+        },
+        weights=jnp.where(case.batch.mask, case.batch.weights, jnp.nan),
+    )
+    product = jax.jit(partial(jaxrnn.gauss_newton_product, **case.keywords))
+    clean = product(case.params, case.batch, case.params, case.h_0)
+    for a, b in zip(clean, product(case.params, dirty, case.params, case.h_0), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def test_bfloat16_products_keep_the_dtype_and_sum_in_float32():
+    params = jaxrnn.init(jax.random.key(0), 4, 8, 3, dtype=jnp.bfloat16)
+    batch = Batch(jax.random.normal(jax.random.key(1), (128, 32, 4)), jnp.ones((128, 32, 3)))
+    product = jax.jit(partial(jaxrnn.gauss_newton_product, loss=jaxrnn.squared_error))
+    got = product(params, batch, params)
+    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    for leaf, expected in zip(got, product(single, batch, single), strict=True):
+        assert leaf.dtype == jnp.bfloat16
+        error = jnp.abs(leaf.astype(jnp.float32) - expected).max()
+        assert error <= 0.03 * jnp.abs(expected).max()
+
+
+def test_errors_name_the_direction():
+    params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
+    batch = Batch(jnp.ones((5, 2)), jnp.zeros(5, int))
+    for v, error, message in [
+        (tuple(params), TypeError, "v: expected Params, got tuple"),
+        (params._replace(W_h=jnp.ones((2, 3))), ValueError, r"v.W_h: expected shape \(3, 3\)"),
+        (params._replace(b_y=jnp.ones(2, int)), TypeError, "v.b_y: expected float32"),
+        (params._replace(b_y=[1.0, 2.0]), TypeError, "v.b_y: expected an array, got list"),
+    ]:
+        with pytest.raises(error, match=message):
+            jaxrnn.gauss_newton_product(params, batch, v)
+    with pytest.raises(ValueError, match="checkpoint_every: expected at least 1, got 0"):
+        curvature.gauss_newton(params, batch, checkpoint_every=0)
+
+
+def loops(jaxpr) -> list:
+    """The scans in a jaxpr, with the number of products in the body of each."""
+    found = []
+    for equation in jaxpr.eqns:
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            if equation.primitive.name == "scan":
+                found.append(str(inner).count("dot_general"))
+            found.extend(loops(inner))
+    return found
+
+
+def test_many_products_take_one_forward_pass_and_one_product_in_each_loop():
+    params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
+    batch = Batch(jnp.ones((5, 4, 2)), jnp.zeros((5, 4), int))
+
+    def products(params, batch, vs):
+        product = curvature.gauss_newton(params, batch)
+        return [product(v) for v in vs]
+
+    counts = loops(jax.make_jaxpr(products)(params, batch, [params] * 3).jaxpr)
+    assert counts == [1] * (1 + 2 * 3)
+
+
+FAULTS = {
+    "W_h transposed in the tangent": ("h_dot_before @ W_h.T", "h_dot_before @ W_h"),
+    "V_h transposed": ("hs_before @ v.W_h.T", "hs_before @ v.W_h"),
+    "V_h forgotten": ("+ hs_before @ v.W_h.T", ""),
+    "h_t for h_{t-1}": ("hs_before = previous(states[0], h_0, mask, reset)",
+                        "hs_before = states[0]"),
+    "reset ignored in V_h h_{t-1}": ("previous(states[0], h_0, mask, reset)",
+                                     "previous(states[0], h_0, mask, None)"),
+    "reset ignored in the tangent": ("f_primes, None, leak, mask, reset)",
+                                     "f_primes, None, leak, mask, None)"),
+    "mask ignored in the tangent": ("f_primes, None, leak, mask, reset)",
+                                    "f_primes, None, leak, None, reset)"),
+    "leak ignored in the tangent": ("f_primes, None, leak, mask, reset)",
+                                    "f_primes, None, None, mask, reset)"),
+    "V_y forgotten": ("readout(v, hs) + h_dots", "h_dots"),
+    "states fixed": ("readout(v, hs) + h_dots @ network.params.W_y.T", "readout(v, hs)"),
+    "H_L forgotten": ("dys: Array = jax.jvp(lambda ys: network.loss.error(ys, targets), (ys,), (ys_dot,))[1]",
+                      "dys: Array = ys_dot"),
+    "errors for their change": ("(ys,), (ys_dot,))[1]", "(ys,), (ys_dot,))[0]"),
+    "weights ignored": ("step_weights(block, ys.dtype)[..., None] * dys", "dys"),
+    "W_y transposed": ("dhs = dys @ params.W_y", "dhs = dys @ params.W_y.T"),
+    "mask ignored in the reverse loop": ("dhs, f_primes, leak, block.mask,",
+                                         "dhs, f_primes, leak, None,"),
+    "reset ignored in the reverse loop": ("f_primes, leak, block.mask, block.reset\n",
+                                          "f_primes, leak, block.mask, None\n"),
+    "no structural damping": ("if structural is not None", "if False"),
+    "structural damping of masked steps": ("structural * where_exists(block.mask, h_dots)",
+                                           "structural * h_dots"),
+    "blocks not joined forward": ("return h_dots[-1], (h_dot", "return h_dot, (h_dot"),
+    "blocks not joined in reverse": ("return (dh_next, jax.tree", "return (0 * dh_next, jax.tree"),
+    "one block alone": ("jax.tree.map(jnp.add, sums, block_sums)", "block_sums"),
+    "blocks forward in time": ("(saved, tangents), reverse=True)", "(saved, tangents))"),
+    "divided by all steps": ("step_weights(batch, dtype).sum())",
+                             "jnp.asarray(batch.mask.size, dtype))"),
+    "forward pass from zeros": ("scan_blocks(forward, h_0, batch, K)",
+                                "scan_blocks(forward, 0 * h_0, batch, K)"),
+    "recomputed from a zero tangent": (
+        "            h_dots = block_tangents(network, v, block, h, states, h_dot)",
+        "            h_dots = block_tangents(network, v, block, h, states, 0 * h_dot)",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fault_case():
+    """Square weights, so that a transposition keeps its shape; every option; several blocks."""
+    with jax.enable_x64(True):
+        case = draw(
+            0, sizes=(3, 3, 3), batch_shape=(2,), T=10, activation="tanh", loss="cross_entropy",
+            labels=True, tokens=False, mask=True, reset=True, weights=True, h_0=True,
+        )  # fmt: skip
+        v = random_direction(case.params)
+        return case, v, dense(case, 0.3) @ ravel_pytree(v)[0]
+
+
+def agrees(module, fault_case, tolerance) -> bool:
+    """The product with structural damping, with stored and with recomputed states."""
+    case, v, expected = fault_case
+
+    @jax.jit
+    def products(params, batch, h_0):
+        fn = partial(module.gauss_newton, params, batch, h_0, **case.keywords)
+        both = fn(), fn(checkpoint_every=4)
+        return [ravel_pytree(product(v, structural=0.3))[0] for product in both]
+
+    errors = [relative_errors(got, expected) for got in products(*case.arguments)]
+    return max(max(error) for error in errors) <= tolerance
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.replace(" ", "-"))
+def test_a_fault_is_caught(fault, fault_case):
+    faulty = with_fault([recurrence, linearization, curvature], *FAULTS[fault])
+    faulty.block_steps = lambda *_: 6
+    assert not agrees(faulty, fault_case, CAUGHT), "this fault would have passed"
+
+
+@pytest.mark.usefixtures("x64")
+def test_without_a_fault_the_same_comparison_passes(fault_case, monkeypatch):
+    monkeypatch.setattr(curvature, "block_steps", lambda *_: 6)
+    assert agrees(curvature, fault_case, AGREEMENT)
