@@ -97,7 +97,7 @@ def block_transpose(
     dys = output_errors(network, v, block, states, h_dots)
     dhs = dys @ params.W_y
     if structural is not None:
-        dhs = dhs + (structural * where_exists(block.mask, h_dots)).astype(dhs.dtype)
+        dhs = dhs + (structural * h_dots).astype(dhs.dtype)  # masked steps have no dz_t
     f_primes = block_derivatives(network, block, h_0, states)
     dh_next, (_, dzs) = reverse_scan(
         params.W_h, dh_next, dhs, f_primes, leak, block.mask, block.reset

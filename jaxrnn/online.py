@@ -23,8 +23,15 @@ from jaxrnn.influence import Influence, augmented_input, diagonal, full, rank_on
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32, check_params
 from jaxrnn.recurrence import (
-    derivatives, hold, initial_state, input_zs, leaky, match_varying_axes, readout, unless_reset,
-)  # fmt: skip
+    derivatives,
+    hold,
+    initial_state,
+    input_zs,
+    leaky,
+    match_varying_axes,
+    readout,
+    unless_reset,
+)
 
 
 class Stream(NamedTuple):

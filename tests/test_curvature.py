@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.flatten_util import ravel_pytree
 
 import jaxrnn
@@ -76,7 +77,7 @@ def dense(case, structural=0.0):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough(range(8), 44))
+@pytest.mark.parametrize("structure", default_and_thorough(range(5), 44))
 def test_product_equals_the_dense_one(structure, monkeypatch):
     """With blocks of one, three or all steps, with structural damping, and with recomputed states.
 
@@ -193,7 +194,7 @@ def loops(jaxpr) -> list:
     """The scans in a jaxpr, with the number of products in the body of each."""
     found = []
     for equation in jaxpr.eqns:
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             if equation.primitive.name == "scan":
                 found.append(str(inner).count("dot_general"))
             found.extend(loops(inner))
@@ -228,8 +229,7 @@ FAULTS = {
                                     "f_primes, None, None, mask, reset)"),
     "V_y forgotten": ("readout(v, hs) + h_dots", "h_dots"),
     "states fixed": ("readout(v, hs) + h_dots @ network.params.W_y.T", "readout(v, hs)"),
-    "H_L forgotten": ("dys: Array = jax.jvp(lambda ys: network.loss.error(ys, targets), (ys,), (ys_dot,))[1]",
-                      "dys: Array = ys_dot"),
+    "H_L forgotten": ("lambda ys: network.loss.error(ys, targets)", "lambda ys: ys"),
     "errors for their change": ("(ys,), (ys_dot,))[1]", "(ys,), (ys_dot,))[0]"),
     "weights ignored": ("step_weights(block, ys.dtype)[..., None] * dys", "dys"),
     "W_y transposed": ("dhs = dys @ params.W_y", "dhs = dys @ params.W_y.T"),
@@ -238,8 +238,6 @@ FAULTS = {
     "reset ignored in the reverse loop": ("f_primes, leak, block.mask, block.reset\n",
                                           "f_primes, leak, block.mask, None\n"),
     "no structural damping": ("if structural is not None", "if False"),
-    "structural damping of masked steps": ("structural * where_exists(block.mask, h_dots)",
-                                           "structural * h_dots"),
     "blocks not joined forward": ("return h_dots[-1], (h_dot", "return h_dot, (h_dot"),
     "blocks not joined in reverse": ("return (dh_next, jax.tree", "return (0 * dh_next, jax.tree"),
     "one block alone": ("jax.tree.map(jnp.add, sums, block_sums)", "block_sums"),
@@ -260,8 +258,9 @@ def fault_case():
     """Square weights, so that a transposition keeps its shape; every option; several blocks."""
     with jax.enable_x64(True):
         case = draw(
-            0, sizes=(3, 3, 3), batch_shape=(2,), T=10, activation="tanh", loss="cross_entropy",
-            labels=True, tokens=False, mask=True, reset=True, weights=True, h_0=True,
+            2, values=1, sizes=(3, 3, 3), batch_shape=(2,), T=10, activation="tanh",
+            loss="cross_entropy", labels=True, tokens=False, mask=True, reset=True, weights=True,
+            h_0=True,
         )  # fmt: skip
         v = random_direction(case.params)
         return case, v, dense(case, 0.3) @ ravel_pytree(v)[0]
@@ -271,14 +270,17 @@ def agrees(module, fault_case, tolerance) -> bool:
     """The product with structural damping, with stored and with recomputed states."""
     case, v, expected = fault_case
 
-    @jax.jit
-    def products(params, batch, h_0):
-        fn = partial(module.gauss_newton, params, batch, h_0, **case.keywords)
-        both = fn(), fn(checkpoint_every=4)
-        return [ravel_pytree(product(v, structural=0.3))[0] for product in both]
+    for checkpoint_every in (None, 4):
 
-    errors = [relative_errors(got, expected) for got in products(*case.arguments)]
-    return max(max(error) for error in errors) <= tolerance
+        @jax.jit
+        def product_of(params, batch, h_0, K=checkpoint_every):
+            options = case.keywords | {"checkpoint_every": K}
+            product = module.gauss_newton(params, batch, h_0, **options)
+            return ravel_pytree(product(v, structural=0.3))[0]
+
+        if not max(relative_errors(product_of(*case.arguments), expected)) <= tolerance:
+            return False
+    return True
 
 
 @pytest.mark.usefixtures("x64")
