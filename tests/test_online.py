@@ -96,7 +96,7 @@ def deviations(module, case, keys) -> list[float]:
 @pytest.mark.usefixtures("x64")
 def test_the_mean_of_uoro_is_the_gradient():
     case = draw(2, values=1, **SQUARE)
-    assert max(deviations(jaxrnn, case, 8000)) <= 4
+    assert max(deviations(jaxrnn, case, 4000)) <= 4
 
 
 @pytest.mark.usefixtures("x64")
@@ -272,7 +272,7 @@ def agrees(module, fault_cases, tolerance) -> bool:
         expected = jaxrnn.bptt(*case_.arguments, **case_.keywords)
         if not max(relative_errors(got, expected)) <= tolerance:
             return False
-    return max(deviations(module, case, 8000)) <= 5
+    return max(deviations(module, case, 4000)) <= 5
 
 
 @pytest.mark.usefixtures("x64")
