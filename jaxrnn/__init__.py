@@ -34,7 +34,7 @@ from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, mean_loss, 
 from jaxrnn.online import rtrl, snap1, uoro
 from jaxrnn.parallel import data_parallel
 from jaxrnn.params import Params, init, scaled_identity
-from jaxrnn.recurrence import readout
+from jaxrnn.products import readout
 from jaxrnn.sequences import buckets, mask_from_lengths, pad, unpad, windows
 from jaxrnn.serialization import load_fit, save_fit
 from jaxrnn.training import Evaluation, Fit, fit

@@ -26,15 +26,13 @@ from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
 from jaxrnn.blocks import block_steps, near_divisor, scan_blocks
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
+from jaxrnn.products import input_zs, readout, replicated
 from jaxrnn.recurrence import (
     derivatives,
     initial_state,
-    input_zs,
     match_varying_axes,
     previous,
-    readout,
     recur,
-    replicated,
     reverse_scan,
 )
 

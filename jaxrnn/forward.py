@@ -20,7 +20,8 @@ from jaxrnn.batches import (
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
 from jaxrnn.params import Params, as_leak, check_leak, check_params
-from jaxrnn.recurrence import hoisted_recur, initial_state, input_zs, leaky, readout, recur
+from jaxrnn.products import input_zs, readout
+from jaxrnn.recurrence import hoisted_recur, initial_state, leaky, recur
 
 
 def step(

@@ -14,7 +14,8 @@ from jaxrnn.activations import Activation, check_activation, tanh
 from jaxrnn.batches import check_input, check_sequence, check_state, steps_shape
 from jaxrnn.forward import hidden_states
 from jaxrnn.params import Params, as_leak, check_leak, check_params
-from jaxrnn.recurrence import initial_state, input_zs, previous
+from jaxrnn.products import input_zs
+from jaxrnn.recurrence import initial_state, previous
 
 
 def jacobian(

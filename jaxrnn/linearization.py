@@ -20,14 +20,8 @@ from jaxrnn.backward import block_gradient, block_states, block_zs
 from jaxrnn.batches import Batch, step_weights, where_exists
 from jaxrnn.losses import Loss
 from jaxrnn.params import Params, at_least_float32
-from jaxrnn.recurrence import (
-    derivatives,
-    input_zs,
-    previous,
-    readout,
-    reverse_scan,
-    tangent_scan,
-)
+from jaxrnn.products import input_zs, readout
+from jaxrnn.recurrence import derivatives, previous, reverse_scan, tangent_scan
 
 
 class Network(NamedTuple):

@@ -7,179 +7,19 @@ grow with T, and the parameters may change while a stream runs. `rtrl` carries J
 its diagonal, `uoro` a random matrix of rank one; see influence.py.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.backward import bias_sum, bptt, outer_sum
-from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
-from jaxrnn.influence import Influence, augmented_input, diagonal, full, rank_one
+from jaxrnn.backward import bptt
+from jaxrnn.batches import Batch
+from jaxrnn.influence import Influence, diagonal, full, rank_one
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
-from jaxrnn.params import Params, as_leak, at_least_float32, check_params
-from jaxrnn.recurrence import (
-    derivatives,
-    hold,
-    initial_state,
-    input_zs,
-    leaky,
-    match_varying_axes,
-    readout,
-    unless_reset,
-)
-
-
-class Stream(NamedTuple):
-    """What passes from one step of a stream to the next.
-
-    Attributes:
-      h: the state, (*batch, H).
-      influence: J, as an `Influence` carries it.
-    """
-
-    h: Array
-    influence: Any
-
-
-def start_stream(params: Params, h_0: Array, influence: Influence) -> Stream:
-    """The stream before its first step: J_0 = 0, because h_0 does not depend on the parameters.
-
-    Args:
-      params: Params.
-      h_0: (*batch, H), such as zeros.
-      influence: `full` (as `rtrl`), `diagonal` (as `snap1`) or `rank_one` (as `uoro`).
-
-    Returns:
-      Stream, in the parameters' dtype.
-
-    Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
-    """
-    check_params(params)
-    checks.check_float_array("h_0", h_0)
-    H, I = params.W_x.shape
-    checks.check_shape("h_0", h_0, (*h_0.shape[:-1], H), "*batch, H of W_h")
-    h_0 = jnp.asarray(h_0, params.W_h.dtype)
-    return Stream(h_0, influence.start(h_0, I + H + 1))
-
-
-def check_stream(params: Params, stream: Any, influence: Influence) -> None:
-    """Raises TypeError or ValueError unless the stream fits the parameters and the influence."""
-    if not isinstance(stream, Stream):
-        raise TypeError(f"stream: expected a Stream, got {type(stream).__name__}")
-    checks.check_float_array("stream.h", stream.h)
-    expected = jax.eval_shape(partial(start_stream, influence=influence), params, stream.h)
-    got = jax.eval_shape(lambda stream: stream, stream)
-    if got != expected:
-        raise ValueError(f"stream: expected {expected}, as start_stream returns it, got {got}")
-
-
-def stream_gradient(
-    params: Params,
-    batch: Batch,
-    stream: Stream,
-    *,
-    influence: Influence,
-    key: Array | None = None,
-    activation: Activation = tanh,
-    leak: ArrayLike | None = None,
-    loss: Loss = cross_entropy,
-) -> tuple[tuple[Array, Stream], Params]:
-    """The loss and the gradient of the next steps of a stream, usually one.
-
-        J_t = (1 - alpha) J_{t-1} + alpha f'(z_t) * (W_h J_{t-1} + dz_t / dtheta)
-        dtheta = sum_t dh_t^T J_t        dh_t = W_y^T dy_t
-
-    It reaches back over all earlier steps of the stream. If the parameters have changed since, J_t
-    is the sum of what each step did with the parameters of that time, so small rates are right. It
-    is a gradient function whose state is the stream: `make_update(partial(stream_gradient,
-    influence=full), optimizer)`, with `init_state(params, optimizer, stream)`, takes one update for
-    each batch of a single step.
-
-    Args:
-      params: Params.
-      batch: Batch of T steps. A `reset` starts a new sequence and a new J.
-      stream: from `start_stream`, or from the call before.
-      influence: `full`, `diagonal` or `rank_one`, as in `start_stream`.
-      key: a key for `rank_one`, another for each call.
-      activation: f.
-      leak: alpha in (0, 1], a scalar or (H,); None is 1.
-      loss: g and its loss, the mean over the steps of this batch that count.
-
-    Returns:
-      (L, stream), grads: a scalar in float32 at least, the stream after these steps, and Params.
-
-    Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
-
-    >>> import jax, jaxrnn
-    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
-    >>> batch = Batch(xs=jnp.ones((100, 3)), targets=jnp.zeros(100, int))
-    >>> def learn(carry, step):
-    ...     params, stream = carry
-    ...     step = jax.tree.map(lambda leaf: leaf[None], step)  # a batch of one step
-    ...     (value, stream), grads = stream_gradient(params, step, stream, influence=full)
-    ...     return (jaxrnn.sgd(params, grads, 0.1), stream), value
-    >>> carry = params, start_stream(params, jnp.zeros(5), full)
-    >>> carry, values = jax.lax.scan(learn, carry, batch)
-    >>> bool(values[-1] < values[0] / 4)
-    True
-    """
-    check_stream(params, stream, influence)
-    check_loss_arguments(params, batch, stream.h, activation, leak, loss)
-    leak = as_leak(params, leak)
-    dtype = at_least_float32(params.W_h.dtype)
-    weights = step_weights(batch, dtype)
-    keys = None
-    if influence.random:
-        checks.check_key("key", key)
-        keys = jax.random.split(jnp.asarray(key), len(weights))
-
-    def body(carry: Any, inputs: Any) -> tuple[Any, None]:
-        stream, sums = carry
-        now, weight, key = inputs
-        x, target = (where_exists(now.mask, leaf) for leaf in (now.xs, now.targets))
-        h_before, J = jax.tree.map(partial(unless_reset, now.reset), stream)
-        z = input_zs(params, x, now.drive, now.mask) + h_before @ params.W_h.T
-        f_z = activation.f(z)
-        f_prime = derivatives(activation, leak, f_z, f_z, lambda: z)
-        u = augmented_input(params, x, h_before)
-        J = influence.advance(J, params.W_h, f_prime, leak, u, key)
-        new = Stream(leaky(leak, h_before, f_z), J)
-        stream = jax.tree.map(partial(hold, now.mask), new, stream)
-        step_sums = step_gradient(params, stream, target, weight, influence, loss)
-        return (stream, jax.tree.map(jnp.add, sums, step_sums)), None
-
-    zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    carry = match_varying_axes((stream, zeros), batch.xs)
-    (stream, sums), _ = lax.scan(body, carry, (batch, weights, keys))
-    value, grads = divide_by_count(sums, weights.sum())
-    grads = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)
-    return (value, stream), grads
-
-
-def step_gradient(
-    params: Params, stream: Stream, target: Array, weight: Array, influence: Influence, loss: Loss
-) -> tuple[Array, Params]:
-    """The loss of one step and its gradient, summed over the batch."""
-    h, J = stream
-    dtype, I = at_least_float32(h.dtype), params.W_x.shape[1]
-    y = readout(params, h).astype(dtype)
-    value = (weight * loss.value(y, target)).sum()
-    dy = (weight[..., None] * loss.error(y, target)).astype(h.dtype)
-    dtheta = influence.contract(J, dy @ params.W_y, dtype)
-    return value, Params(
-        W_x=dtheta[:, :I],
-        W_h=dtheta[:, I:-1],
-        W_y=outer_sum(dy, h, dtype),
-        b_h=dtheta[:, -1],
-        b_y=bias_sum(dy, dtype),
-    )
+from jaxrnn.params import Params
+from jaxrnn.recurrence import initial_state
+from jaxrnn.streams import start_stream, stream_gradient
 
 
 def sequence_gradient(
@@ -220,7 +60,7 @@ def rtrl(
     O(T B H) memory and O(T B H N) time. With many tokens, I is large.
 
     Args and errors are those of `bptt`, without `checkpoint_every`. To update the parameters while
-    a stream runs, use `online.stream_gradient`.
+    a stream runs, use `streams.stream_gradient`.
 
     Returns:
       (L, h_T), grads, as `bptt`.

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch, influence, online
+from jaxrnn import Batch, influence, online, streams
 from jaxrnn.influence import diagonal, full, rank_one
 from tests.conftest import default_and_thorough
 from tests.faults import with_fault
@@ -113,8 +113,8 @@ def test_a_stream_step_by_step_adds_up_to_the_whole_sequence(name):
     case = draw(2, values=1, **SQUARE)
     batch, keywords = case.batch, case.keywords
     (value, h_T), grads = getattr(jaxrnn, name)(*case.arguments, **keywords)
-    stream_fn = partial(online.stream_gradient, influence=METHODS[name], **keywords)
-    start = online.start_stream(case.params, case.h_0, METHODS[name])
+    stream_fn = partial(streams.stream_gradient, influence=METHODS[name], **keywords)
+    start = streams.start_stream(case.params, case.h_0, METHODS[name])
 
     def body(stream, now):
         now = jax.tree.map(lambda leaf: leaf[None], now)
@@ -137,10 +137,10 @@ def test_one_update_for_each_step_of_a_stream(name):
     params = jaxrnn.init(key, 1, 6, 1)
     method, optimizer = METHODS[name], optax.adam(0.02)
     gradient_fn = partial(
-        online.stream_gradient, influence=method, loss=jaxrnn.binary_cross_entropy
+        streams.stream_gradient, influence=method, loss=jaxrnn.binary_cross_entropy
     )
     update = jaxrnn.make_update(gradient_fn, optimizer)
-    stream = online.start_stream(params, jnp.zeros((8, 6)), method)
+    stream = streams.start_stream(params, jnp.zeros((8, 6)), method)
     random = {"key": key} if method.random else {}
     state = jaxrnn.init_state(params, optimizer, stream, **random)
 
@@ -210,16 +210,16 @@ def test_the_memory_of_rtrl_does_not_grow_with_T():
 def test_errors_name_the_stream_and_the_key():
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
     batch = Batch(jnp.ones((1, 2)), jnp.zeros(1, int))
-    stream = online.start_stream(params, jnp.zeros(3), diagonal)
+    stream = streams.start_stream(params, jnp.zeros(3), diagonal)
     with pytest.raises(TypeError, match="stream: expected a Stream, got"):
-        online.stream_gradient(params, batch, jnp.zeros(3), influence=diagonal)
+        streams.stream_gradient(params, batch, jnp.zeros(3), influence=diagonal)
     with pytest.raises(ValueError, match="stream: expected Stream"):
-        online.stream_gradient(params, batch, stream, influence=full)
+        streams.stream_gradient(params, batch, stream, influence=full)
     with pytest.raises(ValueError, match=r"h_0: expected shape \(3,\)"):
-        online.start_stream(params, jnp.zeros(2), full)
-    stream = online.start_stream(params, jnp.zeros(3), rank_one)
+        streams.start_stream(params, jnp.zeros(2), full)
+    stream = streams.start_stream(params, jnp.zeros(3), rank_one)
     with pytest.raises(TypeError, match="key: expected an array, got NoneType"):
-        online.stream_gradient(params, batch, stream, influence=rank_one)
+        streams.stream_gradient(params, batch, stream, influence=rank_one)
 
 
 FAULTS = {
@@ -278,7 +278,7 @@ def agrees(module, fault_cases, tolerance) -> bool:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("fault", default_and_thorough(list(FAULTS)[::2], FAULTS), ids=str)
 def test_a_fault_is_caught(fault, fault_cases):
-    faulty = with_fault([influence, online], *FAULTS[fault])
+    faulty = with_fault([influence, streams, online], *FAULTS[fault])
     assert not agrees(faulty, fault_cases, CAUGHT), "this fault would have passed"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch, backward, blocks, forward, recurrence, update
+from jaxrnn import Batch, backward, blocks, forward, products, recurrence, update
 from tests.conftest import default_and_thorough
 from tests.faults import (
     BACKWARD,
@@ -157,7 +157,7 @@ def update_agrees(module, updates) -> bool:
 @pytest.mark.usefixtures("x64")
 @names(BACKWARD, VARIATIONS)
 def test_a_fault_in_the_backward_pass_is_caught(fault, cases):
-    faulty = with_fault([blocks, recurrence, backward], *BACKWARD[fault])
+    faulty = with_fault([blocks, products, recurrence, backward], *BACKWARD[fault])
     faulty.block_steps = lambda *_: 32  # by default a sequence so small is one block
     assert not bptt_agrees(faulty, cases, CAUGHT), "this fault would have passed"
 
@@ -165,21 +165,21 @@ def test_a_fault_in_the_backward_pass_is_caught(fault, cases):
 @pytest.mark.usefixtures("x64")
 @names(FORWARD)
 def test_a_fault_in_the_forward_pass_is_caught(fault, cases):
-    faulty = with_fault([recurrence, forward], *FORWARD[fault])
+    faulty = with_fault([products, recurrence, forward], *FORWARD[fault])
     assert not sequence_loss_agrees(faulty, cases, CAUGHT), "this fault would have passed"
 
 
 @pytest.mark.usefixtures("x64")
 @names(TANGENT)
 def test_a_fault_in_the_derivative_rule_is_caught(fault, cases):
-    faulty = with_fault([recurrence, forward], *TANGENT[fault])
+    faulty = with_fault([products, recurrence, forward], *TANGENT[fault])
     assert not sequence_loss_agrees(faulty, cases, CAUGHT), "this fault would have passed"
 
 
 @pytest.mark.usefixtures("x64")
 @names(LEAK, LEAK_VARIATIONS)
 def test_a_fault_in_the_leak_is_caught(fault, leaky_cases):
-    faulty = with_fault([blocks, recurrence, backward], *LEAK[fault])
+    faulty = with_fault([blocks, products, recurrence, backward], *LEAK[fault])
     faulty.block_steps = lambda *_: 32
     assert not bptt_agrees(faulty, leaky_cases, CAUGHT), "this fault would have passed"
 
@@ -189,7 +189,7 @@ def test_a_fault_in_the_leak_is_caught(fault, leaky_cases):
 def test_a_fault_in_the_derivative_rule_of_the_leak_is_caught(
     fault, leaky_cases, plain_leak_gradients
 ):
-    faulty = with_fault([recurrence, forward], *LEAK_TANGENT[fault])
+    faulty = with_fault([products, recurrence, forward], *LEAK_TANGENT[fault])
     agrees = leak_gradient_agrees(faulty, leaky_cases, plain_leak_gradients)
     assert not agrees, "this fault would have passed"
 

@@ -1,0 +1,72 @@
+"""The products outside the loops over time: of the inputs, and of the outputs."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrnn import checks
+from jaxrnn.batches import where_exists
+from jaxrnn.params import Params, at_least_float32
+
+
+def input_product(params: Params, xs: Array) -> Array:
+    """W_x x + b_h, for one step or for all at once. A token x selects a column of W_x."""
+    if checks.is_integer(xs):
+        return add_bias(select_rows(params.W_x.T, xs), params.b_h)
+    return add_bias(xs.astype(params.W_x.dtype) @ params.W_x.T, params.b_h)
+
+
+def input_zs(
+    params: Params, xs: Array, drive: Array | None = None, mask: Array | None = None
+) -> Array:
+    """W_x x_t + b_h + drive_t, the part of z_t that does not depend on h_{t-1}."""
+    zs_x = input_product(params, where_exists(mask, xs))
+    return zs_x if drive is None else zs_x + where_exists(mask, drive.astype(zs_x.dtype))
+
+
+def readout(params: Params, hs: Array) -> Array:
+    """The outputs before g, for one step or for all at once.
+
+        y_t = W_y h_t + b_y
+
+    Args:
+      params: Params, of which only W_y and b_y are read.
+      hs: (..., H), states in the parameters' dtype.
+
+    Returns:
+      (..., O).
+
+    Raises:
+      TypeError, ValueError: hs is not a floating-point array of H features.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> readout(params, jnp.ones((7, 4, 5))).shape
+    (7, 4, 2)
+    """
+    checks.check_float_array("hs", hs)
+    checks.check_shape("hs", hs, (*hs.shape[:-1], params.W_y.shape[1]), "..., H of W_y")
+    return add_bias(hs @ params.W_y.T, params.b_y)
+
+
+def select_rows(W: Array, tokens: Array) -> Array:
+    """W[tokens], split over devices as the tokens are."""
+    tokens = tokens.astype(jnp.int32)  # 8 bits hold no number of rows above 127
+    mesh, spec = jax.typeof(tokens).sharding.mesh, jax.typeof(tokens).sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
+        return W[tokens]
+    return W.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None)))
+
+
+def replicated(x: Array) -> NamedSharding | None:
+    """The sharding of a sum over all steps and sequences; None unless mesh axes are explicit."""
+    mesh = jax.typeof(x).sharding.mesh
+    return NamedSharding(mesh, P()) if AxisType.Explicit in mesh.axis_types else None
+
+
+def add_bias(products: Array, b: Array) -> Array:
+    """products + b, added in float32 at least, because autodiff sums db in that dtype."""
+    dtype = at_least_float32(b.dtype)
+    return (products.astype(dtype) + b.astype(dtype)).astype(b.dtype)

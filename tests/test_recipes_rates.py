@@ -1,0 +1,90 @@
+"""The recipes of rate networks equal what their equations say."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from experiments.recipes import dales_law, low_rank, noise, time_constants, voltage
+from tests.recipe_cases import draw, labelled_batch, network
+from tests.reference import plain_loss, relative_errors
+
+AGREEMENT = 1e-12
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("activation", [jaxrnn.tanh, jaxrnn.softplus])
+def test_voltages_equal_the_scan_and_so_do_their_gradients(activation):
+    params, us = network(0, 3, 5), jnp.asarray(draw(1, 17, 3))
+
+    def value(voltages, params):
+        vs = voltages(params, us, 0.3, activation)
+        return jnp.sin(vs).sum(), vs
+
+    results = (
+        jax.jit(jax.value_and_grad(partial(value, fn), has_aux=True))(params)
+        for fn in (voltage.voltages, voltage.plain_voltages)
+    )
+    (got, got_grads), (expected, expected_grads) = results
+    assert max(relative_errors(got, expected)) <= AGREEMENT
+    grads, expected_grads = (g._replace(W_y=None, b_y=None) for g in (got_grads, expected_grads))
+    assert max(relative_errors(grads, expected_grads)) <= AGREEMENT
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_gradient_of_the_time_constants_is_that_of_the_plain_scan():
+    batch = jax.tree.map(jnp.asarray, labelled_batch())
+    theta = {"params": network(0, 2, 5), "logit": jnp.linspace(-2, 2, 5)}
+
+    def plain(theta):
+        return plain_loss(theta["params"], batch, leak=1 / (1 + jnp.exp(-theta["logit"])))
+
+    expected = jax.jit(jax.value_and_grad(plain, has_aux=True))(theta)
+    got = jax.jit(time_constants.gradient_fn)(theta, batch)
+    assert max(relative_errors(got, expected)) <= AGREEMENT
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_low_rank_network_is_the_network_with_its_weights():
+    batch = jax.tree.map(jnp.asarray, labelled_batch())
+    theta = low_rank.init(jax.random.key(0), 2, 6, 2, rank=2)
+    theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), theta)
+    (value, _), grads = jax.jit(low_rank.gradient_fn)(theta, batch)
+    by_theta = jaxrnn.reparametrized(jaxrnn.bptt, low_rank.to_params)
+    (expected, _), expected_grads = jax.jit(by_theta)(theta, batch)
+    assert max(relative_errors((value, grads), (expected, expected_grads))) <= AGREEMENT
+
+
+def test_noise_is_new_for_each_key_and_absent_without_one():
+    params = jaxrnn.init(jax.random.key(0), 1, 6, 2)
+    batch = jax.tree.map(jnp.asarray, labelled_batch(I=1))
+    one, other, none = (
+        noise.gradient_fn(params, batch, key=key)[0][0].item()
+        for key in (jax.random.key(1), jax.random.key(2), None)
+    )
+    assert len({one, other, none}) == 3
+    assert none == pytest.approx(plain_loss(params, batch, **noise.OPTIONS)[0].item(), rel=1e-5)
+    drive = noise.with_noise(params, batch._replace(xs=jnp.zeros((900, 50, 1))), jax.random.key(3))
+    assert drive.drive.std() == pytest.approx(0.1 * 10**0.5, rel=0.02)
+
+
+def test_no_update_gives_a_weight_the_wrong_sign_or_a_new_connection():
+    """Every one of 30 updates with a rate so large that unconstrained weights would change sign."""
+    optimizer = optax.adam(0.1)
+    update = jaxrnn.make_update(dales_law.gradient_fn, optimizer)
+    theta = dales_law.init(jax.random.key(0))
+    state = jaxrnn.init_state(theta, optimizer)
+    batch = jax.tree.map(jnp.asarray, labelled_batch(I=1))
+    changed_sign = False
+    for _ in range(30):
+        state, metrics = update(state, batch)
+        W_h = np.asarray(dales_law.to_params(state.params).W_h)
+        assert (W_h * dales_law.SIGNS >= 0).all()
+        assert (W_h[~dales_law.CONNECTED] == 0).all()
+        changed_sign |= bool((np.asarray(state.params.W_h) < 0).any())
+    assert metrics.skipped == 0
+    assert changed_sign
