@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation
-from jaxrnn.batches import Batch, check_batch, per_step, steps_shape
+from jaxrnn.batches import Batch, check_batch, fits_as_numbers, per_step, steps_shape
 from jaxrnn.gradients import PyTree
 from jaxrnn.params import Params, check_params
 
@@ -37,7 +37,8 @@ def check_values(
         names the first such place.
 
     Warns:
-      UserWarning: JAX rounds float64 values to float32.
+      UserWarning: JAX rounds float64 values to float32; or integer xs, which are tokens, look like
+        features, because all are 0 or 1 and the last axis has I of them.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
@@ -68,6 +69,8 @@ def check_values(
                 tokens = name == "xs"
                 size = network.W_x.shape[1] if tokens else network.W_y.shape[0]
                 checks.check_range(name, values, mask, size, "I tokens" if tokens else "O labels")
+                if tokens and fits_as_numbers(network, batch, h_0):
+                    _warn_of_features(values[mask], values.shape)
         else:
             valid = per_step(mask, values)  # type: ignore[arg-type]
             _check_numbers(name, values, valid, " where the mask is True")
@@ -93,6 +96,15 @@ def _check_derivative(activation: Activation) -> None:
         raise ValueError(
             f"activation.df: expected f'(z) = {expected[first]:.4g} at z = {zs[first]:.4g}, got "
             f"{got[first]:.4g}; where f' does not follow from h, use Activation(f)"
+        )
+
+
+def _warn_of_features(tokens: np.ndarray, shape: tuple[int, ...]) -> None:
+    if tokens.max(initial=0) <= 1 < shape[-1] - 1:
+        warnings.warn(
+            f"xs: integers of shape {shape} are tokens, yet all are 0 or 1. Convert features with "
+            ".astype(jnp.float32)",
+            stacklevel=3,
         )
 
 
