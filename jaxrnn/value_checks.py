@@ -20,7 +20,8 @@ def check_values(
     """Checks on the host what only values show. Call it once on data, before any `jit`.
 
     JAX clamps an index past the end, a wrong label gives a finite, wrong gradient, and 64-bit
-    numbers become 32-bit ones, all silently. Steps that the mask excludes are not checked.
+    numbers become 32-bit ones, all silently. Steps that the mask excludes are not checked. Where
+    arrays span processes, each of them calls it, and each raises the same error.
 
     Args:
       params: Params, whose sizes give the number of tokens and labels; of other pytrees only the
@@ -56,14 +57,14 @@ def check_values(
         _check_derivative(activation)
     for name, tree in (("params", params), ("h_0", h_0)):
         for path, leaf in jax.tree.leaves_with_path(tree):
-            _check_numbers(name + jax.tree_util.keystr(path), np.asarray(leaf))
+            _check_numbers(name + jax.tree_util.keystr(path), checks.to_numpy(leaf))
 
     shape = steps_shape(batch.xs)
-    mask = np.ones(shape, bool) if batch.mask is None else np.asarray(batch.mask)
+    mask = np.ones(shape, bool) if batch.mask is None else checks.to_numpy(batch.mask)
     for name in ("xs", "targets", "weights", "drive"):
         if getattr(batch, name) is None:
             continue
-        values = np.asarray(getattr(batch, name))
+        values = checks.to_numpy(getattr(batch, name))
         if checks.is_integer(values) and values.ndim == len(shape):
             if network is not None:
                 tokens = name == "xs"
@@ -75,7 +76,7 @@ def check_values(
             valid = per_step(mask, values)  # type: ignore[arg-type]
             _check_numbers(name, values, valid, " where the mask is True")
     if batch.weights is not None:
-        weights = np.asarray(batch.weights)
+        weights = checks.to_numpy(batch.weights)
         negative = np.argwhere((weights.astype(float) < 0) & mask)
         if len(negative):
             first = tuple(int(i) for i in negative[0])

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxrnn
@@ -47,8 +48,14 @@ def sequence_loss(batch=BATCH, **keywords):
     return lambda: jaxrnn.sequence_loss(PARAMS, batch, **keywords)
 
 
-def fit(key=KEY, train=BATCH, **keywords):
-    return lambda: jaxrnn.fit(key, PARAMS, train, optimizer=RULE, **keywords)
+class Tensor:
+    """An array of another library: its dtype and its shape are not those of NumPy."""
+
+    dtype, shape, ndim = "torch.float32", (T, B, I), 3
+
+
+def fit(key=KEY, train=BATCH, optimizer=RULE, **keywords):
+    return lambda: jaxrnn.fit(key, PARAMS, train, optimizer=optimizer, **keywords)
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -130,6 +137,10 @@ WRONG = {
     "step, activation of name": (step(activation="tanh"), TypeError, r"activation: .*got 'tanh'"),
     "activation without df": (unroll(activation=jnp.tanh), TypeError, r"activation: expected"),
     "xs of list": (unroll(xs=[1.0]), TypeError, r"xs: expected an array, got list"),
+    "xs of another library": (unroll(xs=Tensor()), TypeError, r"xs: expected an array.*Tensor"),
+    "optimizer not called": (
+        fit(optimizer=optax.adam), TypeError, r"optimizer: .*is called first: optax.adam\(1e-3\)"
+    ),
     "xs of bool": (unroll(xs=XS > 0), TypeError, r"xs: .*floating-point.*got bool"),
     "xs of complex": (unroll(xs=XS + 0j), TypeError, r"xs: .*got complex64"),
     "xs of another I": (unroll(xs=zeros(T, B, 9)), ValueError, r"xs: .*3.*got \(7, 4, 9\)"),
