@@ -60,11 +60,11 @@ def check_values(
             _check_numbers(name + jax.tree_util.keystr(path), checks.to_numpy(leaf))
 
     shape = steps_shape(batch.xs)
-    mask = np.ones(shape, bool) if batch.mask is None else checks.to_numpy(batch.mask)
+    mask: Any = np.ones(shape, bool) if batch.mask is None else checks.to_numpy(batch.mask)
     for name in ("xs", "targets", "weights", "drive"):
         if getattr(batch, name) is None:
             continue
-        values = checks.to_numpy(getattr(batch, name))
+        values: Any = checks.to_numpy(getattr(batch, name))
         if checks.is_integer(values) and values.ndim == len(shape):
             if network is not None:
                 tokens = name == "xs"
