@@ -232,6 +232,7 @@ class Network(RuleBasedStateMachine):
 def test_every_sequence_of_changes_and_calls_agrees_with_the_oracle(examples, steps):
     settings = hypothesis.settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True,
-        database=None, phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
+        database=None, phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
     )  # fmt: skip
     run_state_machine_as_test(Network, settings=settings)
