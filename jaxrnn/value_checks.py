@@ -73,7 +73,7 @@ def check_values(
                 if tokens and fits_as_numbers(network, batch, h_0):
                     _warn_of_features(values[mask], values.shape)
         else:
-            valid = per_step(mask, values)  # type: ignore[arg-type]
+            valid = per_step(mask, values)
             _check_numbers(name, values, valid, " where the mask is True")
     if batch.weights is not None:
         weights = checks.to_numpy(batch.weights)
