@@ -49,7 +49,10 @@ def per_step(flags: Array, xs: Array) -> Array:
 
 def where_exists(mask: Array | None, xs: Array) -> Array:
     """xs where the mask is True, else 0."""
-    return xs if mask is None else jnp.where(per_step(mask, xs), xs, jnp.zeros((), xs.dtype))
+    if mask is None:
+        return xs
+    xs = jnp.asarray(xs)  # 64-bit numbers of NumPy become 32-bit ones without a warning
+    return jnp.where(per_step(mask, xs), xs, jnp.zeros((), xs.dtype))
 
 
 def ones_per_step(xs: Array, dtype: DTypeLike) -> Array:

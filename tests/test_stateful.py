@@ -62,7 +62,7 @@ def by_update(params, batch, h_0, **keywords):
     """The gradient that one update with a learning rate of 1 subtracts."""
     rule = partial(jaxrnn.sgd, learning_rate=1.0)
     update = jaxrnn.make_update(partial(jaxrnn.bptt, **keywords), rule)
-    state, metrics = update(jaxrnn.TrainState(jnp.zeros((), int), params, (), h_0), batch)
+    state, metrics = update(jaxrnn.init_state(params, rule, h_0), batch)
     return (metrics.loss, state.h), jax.tree.map(jnp.subtract, params, state.params)
 
 
