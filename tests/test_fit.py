@@ -243,3 +243,17 @@ def test_examples_may_have_several_batch_axes(params, batch):
 
 def test_an_evaluation_has_no_skipped_updates_unless_it_says_so():
     assert jaxrnn.Evaluation(1, 0.5, 0.5).skipped == 0
+
+
+def test_the_defaults_of_fit(params, batch):
+    """100 epochs, a patience of 5, a tolerance of 0, and 10 consecutive skips."""
+    run = partial(jaxrnn.fit, jax.random.key(0), {"w": jnp.ones(())}, optimizer=optax.sgd(0.01))
+
+    def falling(params, batch, h=None):
+        return (params["w"], None), {"w": jnp.ones(())}
+
+    assert len(run(train=batch, gradient_fn=falling).history) == 100
+    assert len(run(train=batch, gradient_fn=unchanging).history) == 6
+    spoilt = [batch._replace(weights=jnp.full((7, 6), 2.0))] * 20
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 10: .* got 10 consecutive"):
+        run(train=spoilt, gradient_fn=not_finite)
