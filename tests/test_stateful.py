@@ -202,8 +202,9 @@ class Network(RuleBasedStateMachine):
     )
     def compare(self, function, transformation, checkpoint_every, then):
         self.changes, case = 0, self.case()
-        if function == "two devices" and (not self.fixed["batch_shape"]):
-            function = "bptt"
+        if function == "two devices":  # it has a mesh of its own, and needs a batch axis
+            self.place = "default"
+            function = function if self.fixed["batch_shape"] else "bptt"
         keywords = dict(case.keywords, checkpoint_every=checkpoint_every)
         if case.leak is not None:
             keywords["leak"] = case.leak.astype(self.dtype)
