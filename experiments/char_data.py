@@ -1,6 +1,7 @@
 """The text of the character model: reading, splitting, and windows of parallel streams."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,21 @@ def read_text(path: Path | None) -> str:
     except OSError as error:
         raise InputError(f"{path}: expected a readable text file, got: {error.strerror}") from None
     return text.removeprefix("\ufeff")  # a byte order mark is not text
+
+
+def check_memory(H: int, V: int, steps: int) -> None:
+    """XLA aborts the process if there is not enough memory for H units and V characters.
+
+    Raises:
+      InputError: there is not enough for that many steps at once.
+    """
+    needed = 4 * (5 * H * (H + 2 * V) + 2 * steps * (H + V)) / 1e9
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if needed > available:
+        raise InputError(
+            f"--hidden-size: expected a network for {available:.0f} GB of memory, got {H}, which "
+            f"needs {needed:.0f} GB"
+        )
 
 
 def encode(text: str, vocabulary: str) -> np.ndarray:

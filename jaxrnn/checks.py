@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
 
@@ -21,6 +22,16 @@ def is_integer(x: Any) -> bool:
 def is_float(dtype: DTypeLike) -> bool:
     """Whether the dtype is a floating-point one."""
     return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """The values of an array; where it spans processes, of all its shards.
+
+    Each of these processes must call it, and gets the same values.
+    """
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def check_array(name: str, x: Any) -> None:

@@ -79,7 +79,7 @@ def shuffled_epoch(
         batch = jax.tree.map(lambda leaf: leaf[:, examples], train)
         if N % batch_size:
             weights = step_weights(batch, value_dtype(state.params))
-            is_new = is_new.reshape(batch_size, *(1,) * (weights.ndim - 2))
+            is_new = is_new.reshape(1, batch_size, *(1,) * (weights.ndim - 2))
             batch = batch._replace(weights=weights * is_new.astype(weights.dtype))
         return update(state, batch)
 

@@ -31,7 +31,7 @@ def mask_from_lengths(lengths: Array, T: int) -> Array:
     """
     _check_lengths(lengths, T)
     steps = jnp.arange(T).reshape(T, *(1 for _ in lengths.shape))
-    return steps < lengths
+    return steps < lengths[None]
 
 
 def _check_lengths(lengths: Any, T: Any) -> None:

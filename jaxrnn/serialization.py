@@ -39,7 +39,8 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 def to_arrays(tree: PyTree) -> dict[str, np.ndarray]:
     """The leaves of a pytree as NumPy arrays, named by their path, for `checkpoints.save`.
 
-    Keys from `jax.random.key` and bfloat16 numbers become the integers that represent them.
+    Keys from `jax.random.key` and bfloat16 numbers become the integers that represent them. Where
+    arrays span processes, each of them calls it, and gets all values.
 
     Args:
       tree: a pytree of arrays, such as a TrainState.
@@ -57,8 +58,8 @@ def to_arrays(tree: PyTree) -> dict[str, np.ndarray]:
 
     def to_numpy(leaf: Any) -> np.ndarray:
         if _is_key(leaf):
-            return np.array(jax.random.key_data(leaf))
-        array = np.array(leaf)
+            leaf = jax.random.key_data(leaf)
+        array = np.array(checks.to_numpy(leaf))
         return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
 
     return {name: to_numpy(leaf) for name, leaf in _named_leaves(tree).items()}
@@ -108,6 +109,8 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
 def save_fit(folder: str | os.PathLike[str], result: Fit, *, keep: int = 2) -> None:
     """Saves a Fit: `callback=functools.partial(save_fit, folder)`.
 
+    Where arrays span processes, each of them calls it, and process 0 writes.
+
     Args:
       folder: the folder to save to; created if it does not exist.
       result: the Fit that `fit` passes to its callback.
@@ -119,6 +122,11 @@ def save_fit(folder: str | os.PathLike[str], result: Fit, *, keep: int = 2) -> N
       OSError: the folder cannot be created.
       ValueError: a path in the pytree has a space, / or \\, or is longer than 200 characters.
     """
+    arrays = to_arrays((result.state, result.best)) | {"history": np.array(result.history, float)}
+    leaves = jax.tree.leaves((result.state, result.best))
+    shared = any(isinstance(x, Array) and not x.is_fully_addressable for x in leaves)
+    if shared and jax.process_index() > 0:
+        return
     Path(folder).mkdir(parents=True, exist_ok=True)
     epoch = len(result.history)
     for saved in checkpoints.saved_steps(folder):
@@ -128,7 +136,6 @@ def save_fit(folder: str | os.PathLike[str], result: Fit, *, keep: int = 2) -> N
                 f"{folder}: expected no checkpoint of epoch {epoch} or later, got {path.name}: "
                 "continue that run with fit(resume=load_fit(...)), or use another folder"
             )
-    arrays = to_arrays((result.state, result.best)) | {"history": np.array(result.history, float)}
     checkpoints.save(folder, epoch, arrays, keep=keep)
 
 

@@ -81,6 +81,8 @@ def fit(
 
     The result is a function of the arguments: the same keys and data give the same parameters.
     Ctrl-C ends training with a warning, and `fit` returns the result of the last whole epoch.
+    Arrays may span processes, with `gradient_fn=data_parallel(bptt, mesh)`: each process calls
+    `fit` with the same arguments, and gets the same result.
 
     Args:
       key: shuffles the examples of each epoch.

@@ -1,5 +1,6 @@
 """4. The update: the rule of gradient descent, or any optax optimiser, as one jitted step."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeAlias
@@ -88,10 +89,16 @@ class Diverged(ArithmeticError):
 
     def __str__(self) -> str:
         norms = ", ".join(f"{norm:.3g}" for norm in self.gradient_norms)
-        return (
+        message = (
             f"step {self.step}: expected finite loss, gradient, parameters and state, got "
             f"{self.skipped} consecutive skipped updates; last gradient norms: {norms}. Try a "
             "smaller learning rate, optax.clip_by_global_norm, or check_values on the data"
+        )
+        if not all(math.isfinite(norm) for norm in self.gradient_norms[-self.skipped :]):
+            return message
+        return (
+            f"{message}. The gradients are finite: with float16 parameters the optimiser may "
+            "divide by 0, because eps=1e-8 is 0 there; try optax.adam(..., eps=1e-4)"
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation
-from jaxrnn.batches import Batch, check_batch, per_step, steps_shape
+from jaxrnn.batches import Batch, check_batch, fits_as_numbers, per_step, steps_shape
 from jaxrnn.gradients import PyTree
 from jaxrnn.params import Params, check_params
 
@@ -20,7 +20,8 @@ def check_values(
     """Checks on the host what only values show. Call it once on data, before any `jit`.
 
     JAX clamps an index past the end, a wrong label gives a finite, wrong gradient, and 64-bit
-    numbers become 32-bit ones, all silently. Steps that the mask excludes are not checked.
+    numbers become 32-bit ones, all silently. Steps that the mask excludes are not checked. Where
+    arrays span processes, each of them calls it, and each raises the same error.
 
     Args:
       params: Params, whose sizes give the number of tokens and labels; of other pytrees only the
@@ -37,7 +38,8 @@ def check_values(
         names the first such place.
 
     Warns:
-      UserWarning: JAX rounds float64 values to float32.
+      UserWarning: JAX rounds float64 values to float32; or integer xs, which are tokens, look like
+        features, because all are 0 or 1 and the last axis has I of them.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
@@ -55,24 +57,26 @@ def check_values(
         _check_derivative(activation)
     for name, tree in (("params", params), ("h_0", h_0)):
         for path, leaf in jax.tree.leaves_with_path(tree):
-            _check_numbers(name + jax.tree_util.keystr(path), np.asarray(leaf))
+            _check_numbers(name + jax.tree_util.keystr(path), checks.to_numpy(leaf))
 
     shape = steps_shape(batch.xs)
-    mask = np.ones(shape, bool) if batch.mask is None else np.asarray(batch.mask)
+    mask: Any = np.ones(shape, bool) if batch.mask is None else checks.to_numpy(batch.mask)
     for name in ("xs", "targets", "weights", "drive"):
         if getattr(batch, name) is None:
             continue
-        values = np.asarray(getattr(batch, name))
+        values: Any = checks.to_numpy(getattr(batch, name))
         if checks.is_integer(values) and values.ndim == len(shape):
             if network is not None:
                 tokens = name == "xs"
                 size = network.W_x.shape[1] if tokens else network.W_y.shape[0]
                 checks.check_range(name, values, mask, size, "I tokens" if tokens else "O labels")
+                if tokens and fits_as_numbers(network, batch, h_0):
+                    _warn_of_features(values[mask], values.shape)
         else:
-            valid = per_step(mask, values)  # type: ignore[arg-type]
+            valid = per_step(mask, values)
             _check_numbers(name, values, valid, " where the mask is True")
     if batch.weights is not None:
-        weights = np.asarray(batch.weights)
+        weights = checks.to_numpy(batch.weights)
         negative = np.argwhere((weights.astype(float) < 0) & mask)
         if len(negative):
             first = tuple(int(i) for i in negative[0])
@@ -93,6 +97,15 @@ def _check_derivative(activation: Activation) -> None:
         raise ValueError(
             f"activation.df: expected f'(z) = {expected[first]:.4g} at z = {zs[first]:.4g}, got "
             f"{got[first]:.4g}; where f' does not follow from h, use Activation(f)"
+        )
+
+
+def _warn_of_features(tokens: np.ndarray, shape: tuple[int, ...]) -> None:
+    if tokens.max(initial=0) <= 1 < shape[-1] - 1:
+        warnings.warn(
+            f"xs: integers of shape {shape} are tokens, yet all are 0 or 1. Convert features with "
+            ".astype(jnp.float32)",
+            stacklevel=3,
         )
 
 

@@ -45,6 +45,8 @@ def pytest_configure(config):
     # Many tests compile the same program; all processes of a run together compile it once.
     if hasattr(config, "workerinput"):
         folder = config.workerinput["compilation_cache"]
+    elif "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        folder = config.stash[COMPILATION_CACHE] = os.environ["JAX_COMPILATION_CACHE_DIR"]
     else:
         temporary = tempfile.TemporaryDirectory()
         config.add_cleanup(temporary.cleanup)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch, backward, blocks
+from jaxrnn import Activation, Batch, backward, blocks
 from tests.conftest import default_and_thorough
 from tests.reference import (
+    ACTIVATIONS,
     Case,
     oracle_value_and_grad,
     plain_loss,
@@ -141,6 +142,31 @@ def test_nan_in_padding_changes_no_bit(checkpoint_every):
         dirty_out = fn(case.params, dirty, case.h_0)
         for a, b in zip(jax.tree.leaves(clean_out), jax.tree.leaves(dirty_out), strict=True):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), Activation(jax.nn.gelu)])
+def test_nan_in_a_state_that_no_step_reads_changes_no_bit(activation):
+    """Sequence 1 does not exist; sequence 2 begins with padding and then a reset."""
+    case = random_case(
+        11, dtype=np.float32, T=9, batch_shape=(4,), tokens=False, mask=True, h_0=True,
+        loss="squared_error", reset=False, weights=False,
+    )  # fmt: skip
+    reset = jnp.zeros((9, 4), bool).at[3, 2].set(True)
+    mask = case.batch.mask.at[:, 1].set(False).at[:3, 2].set(False).at[3, 2].set(True)
+    batch = case.batch._replace(mask=mask, reset=reset)
+    dirty = case.h_0.at[1:3].set(jnp.nan)
+    keywords = {"activation": activation, "loss": jaxrnn.squared_error}
+    fns = [partial(jaxrnn.bptt, checkpoint_every=K, **keywords) for K in (None, 3)]
+    fns += [jax.value_and_grad(partial(jaxrnn.sequence_loss, **keywords), has_aux=True)]
+    for fn in fns:
+        outs = [jax.jit(fn)(case.params, batch, h_0) for h_0 in (case.h_0, dirty)]
+        (((value, _), grads), ((dirty_value, h_T), dirty_grads)) = outs
+        np.testing.assert_array_equal(h_T[1], dirty[1])
+        for a, b in zip((value, *grads), (dirty_value, *dirty_grads), strict=True):
+            assert np.isfinite(a).all()
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    flow = jaxrnn.gradient_flow(case.params, batch, dirty, **keywords)
+    assert all(np.isfinite(leaf).all() for leaf in flow)
 
 
 @pytest.mark.parametrize("nothing", ["mask", "weights", "T"])

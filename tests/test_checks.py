@@ -47,6 +47,12 @@ def sequence_loss(batch=BATCH, **keywords):
     return lambda: jaxrnn.sequence_loss(PARAMS, batch, **keywords)
 
 
+class Tensor:
+    """An array of another library: its dtype and its shape are not those of NumPy."""
+
+    dtype, shape, ndim = "torch.float32", (T, B, I), 3
+
+
 def fit(key=KEY, train=BATCH, **keywords):
     return lambda: jaxrnn.fit(key, PARAMS, train, optimizer=RULE, **keywords)
 
@@ -130,6 +136,7 @@ WRONG = {
     "step, activation of name": (step(activation="tanh"), TypeError, r"activation: .*got 'tanh'"),
     "activation without df": (unroll(activation=jnp.tanh), TypeError, r"activation: expected"),
     "xs of list": (unroll(xs=[1.0]), TypeError, r"xs: expected an array, got list"),
+    "xs of another library": (unroll(xs=Tensor()), TypeError, r"xs: expected an array.*Tensor"),
     "xs of bool": (unroll(xs=XS > 0), TypeError, r"xs: .*floating-point.*got bool"),
     "xs of complex": (unroll(xs=XS + 0j), TypeError, r"xs: .*got complex64"),
     "xs of another I": (unroll(xs=zeros(T, B, 9)), ValueError, r"xs: .*3.*got \(7, 4, 9\)"),
@@ -216,6 +223,10 @@ WRONG = {
     "fit, no batch": (fit(train=[]), ValueError, r"train: expected at least one batch"),
     "fit, one pass": (fit(train=iter([BATCH])), ValueError, r"train: .*once per epoch.*iterator"),
     "fit, number": (fit(train=3), TypeError, r"train: expected a Batch or an iterable.*got 3"),
+    "fit, None": (fit(train=None), TypeError, r"train: expected a Batch or an iterable.*got None"),
+    "fit, no step": (
+        fit(train=Batch(XS[:0], LABELS[:0])), ValueError, r"train: expected at least one step"
+    ),
     "fit, batch_size of batches": (
         fit(train=[BATCH], batch_size=2), ValueError, r"batch_size: expected None.*got 2"
     ),

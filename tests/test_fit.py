@@ -1,5 +1,6 @@
 """What `fit` hands out: the best parameters, results that stay, early ends, no recompilation."""
 
+import linecache
 from functools import partial
 
 import jax
@@ -75,7 +76,7 @@ def test_a_one_pass_iterator_is_refused_where_it_would_be_empty_in_the_second_ep
 ):
     data = {"train": [batch], "valid": [batch]} | {name: jaxrnn.windows(batch, 3)}
     with pytest.raises(ValueError, match=f"^{name}: expected batches that can be iterated once"):
-        fit(params, data["train"], data["valid"])
+        fit(params, data["train"], data["valid"], max_epochs=2)
     data[name] = jaxrnn.windows(batch, 3)
     assert len(fit(params, data["train"], data["valid"], max_epochs=1).history) == 1
 
@@ -123,8 +124,12 @@ def test_an_interrupt_returns_the_result_of_the_last_whole_epoch(as_batches, par
             yield batch
 
     train, valid = (Interrupted(), batch) if as_batches else (batch, Interrupted())
-    with pytest.warns(UserWarning, match="interrupted: fit returns the result of epoch 2"):
+    with pytest.warns(
+        UserWarning, match="interrupted: fit returns the result of epoch 2"
+    ) as warned:
         result = fit(params, train, valid)
+    caller = linecache.getline(warned[0].filename, warned[0].lineno)
+    assert "return jaxrnn.fit(" in caller
     assert len(result.history) == 2
     assert np.isfinite(loss(result.state.params, batch))
 
@@ -171,3 +176,86 @@ def test_a_damaged_newer_checkpoint_is_written_again(params, batch, tmp_path):
         found = jaxrnn.load_fit(tmp_path, params, optax.sgd(0.1))
     assert as_bytes(fit(params, batch, callback=save, resume=found)) == as_bytes(whole)
     assert checkpoints.saved_steps(tmp_path) == [3, 4]
+
+
+def unchanging(params, batch, h=None):
+    """A loss of 1 everywhere, and a gradient that is not zero."""
+    return (jnp.ones(()), None), jax.tree.map(jnp.ones_like, params)
+
+
+def test_an_equal_loss_is_no_improvement(params, batch):
+    """`best` are the parameters that reached the lowest loss first."""
+    result = fit(params, batch, gradient_fn=unchanging, patience=2, max_epochs=9)
+    assert result.converged
+    assert len(result.history) == 3
+    first = fit(params, batch, gradient_fn=unchanging, max_epochs=1)
+    assert as_bytes(result.best) == as_bytes(first.best) != as_bytes(result.state.params)
+
+
+def test_a_resumed_fit_that_has_waited_longer_than_its_patience_has_converged(params, batch):
+    result = fit(params, batch, gradient_fn=unchanging, patience=9, max_epochs=6)
+    assert not result.converged
+    again = fit(params, batch, gradient_fn=unchanging, patience=2, max_epochs=9, resume=result)
+    assert again.converged
+    assert len(again.history) == 6
+
+
+def not_finite(params, batch, h=None):
+    """A gradient that is not finite, at a weight above 1."""
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, batch.weights.max()), params)
+    return (jnp.where(batch.weights.max() > 1, jnp.nan, 1.0), None), grads
+
+
+def test_diverged_has_the_gradient_norms_of_earlier_epochs(params, batch):
+    """Epochs of one update each; three that are skipped follow five that are not."""
+    epochs = iter([1.0] * 5 + [2.0] * 3)
+
+    class Changing:
+        def __iter__(self):
+            yield batch._replace(weights=jnp.full((7, 6), next(epochs)))
+
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(jaxrnn.Diverged, match=r"^step 8: .* got 3 consecutive") as stopped,
+    ):
+        fit(params, Changing(), gradient_fn=not_finite, max_skipped=3, max_epochs=9, patience=9)
+    norm = stopped.value.gradient_norms[0]
+    np.testing.assert_allclose(stopped.value.gradient_norms, [norm] * 3 + [2 * norm] * 3)
+
+
+@pytest.mark.parametrize("patience", [1, 5])
+def test_an_epoch_without_an_applied_update_does_not_wait(patience, params, batch):
+    spoilt = batch._replace(weights=jnp.full((7, 6), 2.0))
+    with pytest.warns(UserWarning, match="1 of the 1 updates up to step 1 skipped"):
+        result = fit(params, spoilt, gradient_fn=not_finite, max_epochs=1, patience=patience)
+    assert not result.converged
+
+
+def test_examples_may_have_several_batch_axes(params, batch):
+    def paired(leaf):
+        return leaf.reshape(7, 3, 2, *leaf.shape[2:])
+
+    both = jax.tree.map(paired, batch)
+    alone = fit(params, batch, max_epochs=1)
+    result = fit(params, both, max_epochs=1)
+    np.testing.assert_allclose(result.state.params.W_h, alone.state.params.W_h, rtol=1e-5)
+    parts = fit(params, both, max_epochs=1, batch_size=2, optimizer=optax.sgd(0.0))
+    np.testing.assert_allclose(parts.history[0].train_loss, loss(params, batch), rtol=1e-5)
+
+
+def test_an_evaluation_has_no_skipped_updates_unless_it_says_so():
+    assert jaxrnn.Evaluation(1, 0.5, 0.5).skipped == 0
+
+
+def test_the_defaults_of_fit(params, batch):
+    """100 epochs, a patience of 5, a tolerance of 0, and 10 consecutive skips."""
+    run = partial(jaxrnn.fit, jax.random.key(0), {"w": jnp.ones(())}, optimizer=optax.sgd(0.01))
+
+    def falling(params, batch, h=None):
+        return (params["w"], None), {"w": jnp.ones(())}
+
+    assert len(run(train=batch, gradient_fn=falling).history) == 100
+    assert len(run(train=batch, gradient_fn=unchanging).history) == 6
+    spoilt = [batch._replace(weights=jnp.full((7, 6), 2.0))] * 20
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 10: .* got 10 consecutive"):
+        run(train=spoilt, gradient_fn=not_finite)

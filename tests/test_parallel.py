@@ -59,14 +59,16 @@ def test_eight_devices_give_the_value_and_gradient_of_one(gradient_fn, given_h_0
 
 
 @pytest.mark.usefixtures("x64")
-def test_two_processes_give_the_value_and_gradient_of_one():
+def test_two_processes_give_the_value_and_gradient_of_one(tmp_path):
+    """`fit` and `check_values` take arrays that span them, too; one process saves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = os.environ | {"XLA_FLAGS": FAST_COMPILATION}
+    command = [sys.executable, "-m", "tests.distributed_worker"]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed_worker", str(number), "2", port],
+            [*command, str(number), "2", port, str(tmp_path)],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for number in range(2)

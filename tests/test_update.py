@@ -100,6 +100,7 @@ def test_a_hundred_updates_are_traced_once_and_lower_the_loss(params, batch):
         state, metrics = update(state, batch)
         losses.append(metrics.loss.item())
     assert len(traces) == 1
+    assert update.__name__ == "update"  # the name of the compiled program in a profile
     assert state.step == 100
     assert losses[-1] < 0.5 * losses[0]
 
@@ -238,6 +239,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name, spoiling
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(planted.params))
 
 
+def test_a_train_state_made_by_hand_has_no_skipped_updates(params, batch):
+    rule = partial(jaxrnn.sgd, learning_rate=0.1)
+    state = jaxrnn.TrainState(jnp.zeros((), int), params, ())
+    bad = batch._replace(xs=batch.xs * jnp.nan)
+    _, metrics = jaxrnn.make_update(jaxrnn.bptt, rule)(state, bad)
+    assert metrics.skipped == 1
+
+
 def test_an_update_that_overflows_the_parameters_is_skipped(params):
     """theta + 1e38 theta: from 1e-20 to 1e18, then beyond the range of float32."""
     rule = partial(jaxrnn.sgd, learning_rate=-1e38)
@@ -260,7 +269,7 @@ def test_the_norm_of_short_floats_does_not_overflow(batch):
 
 def test_diverged_names_the_step_and_what_to_try():
     error = jaxrnn.Diverged(12, 3, [0.5, 80.0, float("nan")])
-    message = "step 12: expected finite .* got 3 consecutive skipped updates; .*: 0.5, 80, nan. Try"
+    message = "step 12: .* got 3 consecutive skipped updates; .*: 0.5, 80, nan. Try .*data$"
     with pytest.raises(jaxrnn.Diverged, match=message):
         raise error
     assert (error.step, error.skipped, error.gradient_norms[:2]) == (12, 3, [0.5, 80.0])
@@ -275,3 +284,15 @@ def test_a_carried_state_keeps_its_dtype(params, batch):
     state = jaxrnn.init_state(params, rule, h)
     state, _ = jaxrnn.make_update(jaxrnn.bptt, rule)(state, batch)
     assert state.h.dtype == jnp.bfloat16
+
+
+def test_diverged_names_the_eps_of_adam_in_float16(batch):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
+    fit = partial(jaxrnn.fit, jax.random.key(0), params, batch, max_epochs=2, max_skipped=2)
+    with (
+        pytest.warns(UserWarning, match="1 of the 1 updates up to step 1 skipped"),
+        pytest.raises(jaxrnn.Diverged, match=r"The gradients are finite: .* try .*eps=1e-4\)$"),
+    ):
+        fit(optimizer=optax.adam(1e-2))
+    result = fit(optimizer=optax.adam(1e-2, eps=1e-4))
+    assert [row.skipped for row in result.history] == [0, 0]

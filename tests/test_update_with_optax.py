@@ -47,11 +47,11 @@ def test_value_fn_has_the_value_and_the_gradient_of_the_gradient_function(key):
     halved = jax.tree.map(lambda leaf: leaf / 2, layers)
 
     def init(params):
-        return jnp.zeros(()), params
+        return jnp.zeros(()), jnp.zeros(()), params
 
     def update(updates, state, params, *, value_fn, **extra):
         assert extra.keys() == {"value", "grad"}
-        return updates, jax.value_and_grad(value_fn)(halved)
+        return updates, (value_fn(halved), *jax.value_and_grad(value_fn)(halved))
 
     optimizer = optax.GradientTransformationExtraArgs(init, update)
     state = jaxrnn.init_state(layers, optimizer, key=key)
@@ -59,7 +59,7 @@ def test_value_fn_has_the_value_and_the_gradient_of_the_gradient_function(key):
     first_key = None if key is None else jax.random.fold_in(key, 0)
     by_autodiff = jax.jit(jax.value_and_grad(dropout.loss, has_aux=True))
     (value, _), grads = by_autodiff(halved, batch, key=first_key)
-    assert max(relative_errors(state.opt_state, (value, grads))) <= 1e-12
+    assert max(relative_errors(state.opt_state, (value, value, grads))) <= 1e-12
 
 
 @pytest.mark.usefixtures("x64")

@@ -9,6 +9,8 @@ import jaxrnn
 from jaxrnn import Activation, Batch
 from tests.test_checks import BATCH, LABELS, NAN, PARAMS, XS, B, H, O, T, numpy_xs, zeros
 
+EYE = np.eye(4, dtype=int)
+
 
 def check_values(**fields):
     return lambda: jaxrnn.check_values(PARAMS, BATCH._replace(**fields))
@@ -93,6 +95,10 @@ WRONG = {
     "negative weight": (
         check_values(weights=zeros(T, B).at[2, 3].set(-1)),
         ValueError, r"weights: expected none below 0, got -1.0 at \(2, 3\)",
+    ),
+    "one-hot rows as integers": (
+        lambda: jaxrnn.check_values(jaxrnn.init(jax.random.key(0), 4, H, 4), Batch(EYE, EYE)),
+        UserWarning, r"xs: integers of shape \(4, 4\) are tokens, .* Convert features with",
     ),
     "length beyond T": (
         lengths(jnp.array([3, 8, 9])), ValueError, r"lengths: .*\(0..T\), got 8 at \(1,\); 2 of 3"

@@ -1,0 +1,57 @@
+"""Integers are tokens: integer features are an error of `xs`, and the message says what to do."""
+
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch
+from tests.test_checks import KEY, LABELS, B, H, T, zeros
+
+PIANO_ROLL = np.ones((T, B, 8), np.uint8)
+FEATURES = (
+    r"xs: expected a floating-point dtype for .* feature axis, got uint8 of shape \(7, 4, 8\)"
+)
+
+
+@pytest.mark.parametrize("call", [jaxrnn.bptt, jaxrnn.sequence_loss, jaxrnn.check_values])
+@pytest.mark.parametrize(
+    ("fields", "h_0"),
+    [
+        ({"targets": PIANO_ROLL}, None),
+        ({"targets": LABELS}, None),
+        ({"targets": zeros(T, B, 8)}, None),
+        ({"targets": PIANO_ROLL, "mask": np.ones((T, B), bool)}, None),
+        ({"targets": PIANO_ROLL, "weights": zeros(T, B)}, None),
+        ({"targets": PIANO_ROLL}, zeros(B, H)),
+    ],
+    ids=["targets", "labels", "distributions", "mask", "weights", "h_0"],
+)
+def test_integer_features_are_an_error_of_xs(call, fields, h_0):
+    params = jaxrnn.init(KEY, 8, H, 8)
+    with pytest.raises(ValueError, match="^" + FEATURES):
+        call(params, Batch(PIANO_ROLL, **fields), h_0)
+    xs = PIANO_ROLL.astype(np.float32)
+    targets = fields["targets"] if fields["targets"].ndim == 2 else xs
+    call(params, Batch(xs, **fields | {"targets": targets}), h_0)
+
+
+def test_integer_features_of_another_loss_are_an_error_of_xs():
+    loss, params = jaxrnn.binary_cross_entropy, jaxrnn.init(KEY, 8, H, 8)
+    with pytest.raises(ValueError, match="^" + FEATURES):
+        jaxrnn.bptt(params, Batch(PIANO_ROLL, PIANO_ROLL), loss=loss)
+
+
+def test_integers_are_tokens_where_a_mask_or_a_state_says_so():
+    """Tokens of two batch axes, the second of which has I sequences."""
+    params, tokens = jaxrnn.init(KEY, 8, H, 8), PIANO_ROLL.astype(int)
+    expected = jaxrnn.bptt(params, Batch(tokens[:, :, 0], tokens[:, :, 0]))[0][0]
+    for h_0, mask in ((zeros(B, 8, H), None), (None, np.ones((T, B, 8), bool))):
+        (value, _), _ = jaxrnn.bptt(params, Batch(tokens, tokens, mask), h_0)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+def test_integers_of_rank_2_are_tokens():
+    params, tokens = jaxrnn.init(KEY, 8, H, 8), np.arange(T * 8).reshape(T, 8) % 8
+    (_, h_T), _ = jaxrnn.bptt(params, Batch(tokens, tokens))
+    assert h_T.shape == (8, H)
+    jaxrnn.check_values(params, Batch(tokens, tokens))
