@@ -16,7 +16,7 @@ import jaxrnn
 from jaxrnn import Batch
 
 ALPHA, SIGMA = 0.2, 0.1
-OPTIONS = {"activation": jaxrnn.softplus, "leak": ALPHA}
+OPTIONS: dict = {"activation": jaxrnn.softplus, "leak": ALPHA}
 
 
 def with_noise(params, batch, key):
