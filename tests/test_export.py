@@ -22,8 +22,8 @@ def arguments(T, B, *, tokens=False, options=True):
     """A batch with every field, or the least of them, and a state or None."""
     rng = np.random.default_rng([T, B])
     xs = rng.standard_normal((T, B, 3)).astype(np.float32)
-    xs = rng.integers(0, 3, (T, B)) if tokens else xs
-    batch = Batch(xs, rng.integers(0, 2, (T, B)))
+    xs = rng.integers(0, 3, (T, B), np.int32) if tokens else xs
+    batch = Batch(xs, rng.integers(0, 2, (T, B), np.int32))
     if not options:
         return batch, None
     numbers = rng.uniform(size=(T, B)).astype(np.float32)

@@ -223,6 +223,20 @@ def test_diverged_has_the_gradient_norms_of_earlier_epochs(params, batch):
     np.testing.assert_allclose(stopped.value.gradient_norms, [norm] * 3 + [2 * norm] * 3)
 
 
+def test_batches_are_read_no_further_than_max_skipped_allows(params, batch):
+    read, spoilt = [], batch._replace(weights=jnp.full((7, 6), 2.0))
+
+    class Stream:
+        def __iter__(self):
+            for n in range(100):
+                read.append(n)
+                yield spoilt
+
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 3: .* got 3 consecutive"):
+        fit(params, Stream(), gradient_fn=not_finite, max_skipped=3)
+    assert len(read) == 3
+
+
 @pytest.mark.parametrize("patience", [1, 5])
 def test_an_epoch_without_an_applied_update_does_not_wait(patience, params, batch):
     spoilt = batch._replace(weights=jnp.full((7, 6), 2.0))
