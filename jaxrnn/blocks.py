@@ -21,6 +21,8 @@ def block_steps(params: Params, batch: Batch) -> int:
     block copies its inputs; if these are four times as large as all states, there is one block.
     """
     T, *batch_axes = steps_shape(batch.xs)
+    if not all(isinstance(size, int) for size in (T, *batch_axes)):
+        return T  # a symbol of jax.export
     if jax.default_backend() == "gpu":
         return near_divisor(T, 128)
     O, H = params.W_y.shape
@@ -36,6 +38,8 @@ def near_divisor(T: int, K: int) -> int:
     >>> near_divisor(1000, 32), near_divisor(997, 32), near_divisor(5, 10**12)
     (40, 32, 5)
     """
+    if not isinstance(T, int):
+        return T  # a symbol of jax.export
     K = min(K, T)
     divisors = [k for k in range(-(-K // 2), 2 * K + 1) if T % k == 0]
     return min(divisors, key=lambda k: max(k / K, K / k), default=K)

@@ -69,4 +69,9 @@ def replicated(x: Array) -> NamedSharding | None:
 def add_bias(products: Array, b: Array) -> Array:
     """products + b, added in float32 at least, because autodiff sums db in that dtype."""
     dtype = at_least_float32(b.dtype)
-    return (products.astype(dtype) + b.astype(dtype)).astype(b.dtype)
+    return (products.astype(dtype) + per_unit(b, products).astype(dtype)).astype(b.dtype)
+
+
+def per_unit(v: Array, hs: Array) -> Array:
+    """v (H,) or () with leading axes of size 1, so that it broadcasts over hs by strict rules."""
+    return v if v.ndim == 0 else v.reshape((1,) * (hs.ndim - 1) + v.shape)

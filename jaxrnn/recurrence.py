@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxrnn.activations import Activation
 from jaxrnn.batches import Tree, per_step, steps_shape, where_exists
 from jaxrnn.params import Params
-from jaxrnn.products import input_product
+from jaxrnn.products import input_product, per_unit
 
 
 def scan_unroll() -> int:
@@ -45,7 +45,10 @@ def unless_reset(reset: Array | None, h: Array) -> Array:
 
 def leaky(leak: Array | None, h: Array, f_z: Array) -> Array:
     """(1 - alpha) h_{t-1} + alpha f(z_t)."""
-    return f_z if leak is None else (1 - leak) * h + leak * f_z
+    if leak is None:
+        return f_z
+    leak = per_unit(leak, h)
+    return (1 - leak) * h + leak * f_z
 
 
 def previous(hs: Array, h_0: Array, mask: Array | None, reset: Array | None) -> Array:
@@ -138,6 +141,8 @@ def reverse_scan(
       the one not used.
     """
 
+    leak = None if leak is None else per_unit(leak, dh_next)
+
     def body(dh_next: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
         dh_y, f_prime, valid, reset_t = inputs
         dh = dh_y + dh_next  # dh_t = W_y^T dy_t + W_h^T dz_{t+1} + (1 - alpha) dh_{t+1}
@@ -169,6 +174,8 @@ def tangent_scan(
     `zs_dot` is the part of z_dot_t that comes from the weights and inputs, `f_primes` is
     alpha f'(z_t), and `leaks_dot` the part of h_dot_t that comes from alpha, or None.
     """
+
+    leak = None if leak is None else per_unit(leak, h_0_dot)
 
     def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
         z_dot, f_prime, leak_dot, valid, reset_t = inputs
@@ -202,7 +209,7 @@ def derivatives(
     else:
         z = zs()
         f_primes = jnp.asarray(jax.jvp(activation.f, (z,), (jnp.ones_like(z),))[1])
-    return f_primes if leak is None else leak * f_primes
+    return f_primes if leak is None else per_unit(leak, f_primes) * f_primes
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -240,7 +247,7 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
     f_primes = where_exists(mask, derivatives(activation, leak, hs, fs, zs))
     leaks_dot = None
     if fs is not None and not isinstance(tangents[3], SymbolicZero):
-        leaks_dot = tangents[3] * (fs - hs_before)
+        leaks_dot = per_unit(tangents[3], hs) * (fs - hs_before)
 
     return hs, tangent_scan(W_h, h_0_dot, zs_dot, f_primes, leaks_dot, leak, mask, reset)
 

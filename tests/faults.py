@@ -88,7 +88,9 @@ TANGENT = {
 }  # fmt: skip
 
 LEAK = {
-    "alpha forgotten in dz": ("f_primes if leak is None else leak * f_primes", "f_primes"),
+    "alpha forgotten in dz": (
+        "if leak is None else per_unit(leak, f_primes) * f_primes", ""
+    ),
     "1 - alpha forgotten in dh": ("dh_before + (1 - leak) * dh\n", "dh_before + dh\n"),
     "dh not passed on": ("dh_before + (1 - leak) * dh\n", "dh_before\n"),
     "dz passed on for dh": ("dh_before + (1 - leak) * dh\n", "dh_before + (1 - leak) * dz\n"),
@@ -108,7 +110,9 @@ LEAK_TANGENT = {
                                 "drive.astype(zs_x.dtype)"),
     "no leak": ("h_dot_new + (1 - leak) * h_dot_before", "h_dot_new"),
     "leak from the state before a reset": ("(1 - leak) * h_dot_before", "(1 - leak) * h_dot"),
-    "alpha forgotten in f'": ("f_primes if leak is None else leak * f_primes", "f_primes"),
+    "alpha forgotten in f'": (
+        "if leak is None else per_unit(leak, f_primes) * f_primes", ""
+    ),
     "no derivative by alpha": ("h_dot_new + leak_dot", "h_dot_new"),
     "h_{t-1} forgotten in the derivative by alpha": ("(fs - hs_before)", "fs"),
     "z without the recurrence": ("return zs_x + hs_before @ W_h.T", "return zs_x"),

@@ -57,6 +57,8 @@ FUNCTIONS = {
     "unroll": outputs,
     "sequence_loss": partial(jaxrnn.sequence_loss, PARAMS),
     "autodiff": partial(jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True), PARAMS),
+    "bptt": partial(jaxrnn.bptt, PARAMS),
+    "bptt, recomputed": partial(jaxrnn.bptt, PARAMS, checkpoint_every=3),
     "gradient_flow": partial(jaxrnn.gradient_flow, PARAMS),
 }
 
