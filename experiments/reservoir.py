@@ -9,7 +9,7 @@ and data, in float64, and their states must agree. Two tasks, several seeds each
     NARMA-10        y(t + 1) from the inputs so far (Atiya and Parlos 2000)
 
 Errors are root mean squares divided by the standard deviation of the target (NRMSE). Then many long
-sequences run through leaky units, the methods in turn.
+sequences run through leaky units, the methods in turn. Without reservoirpy jaxrnn runs alone.
 
     pip install -e '.[experiments,reservoir]'
     python -m experiments.reservoir --out runs/reservoir
@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
-from experiments.cli import InputError
 from experiments.echo_state import (
     HORIZON,
     TASKS,
@@ -45,6 +44,7 @@ from experiments.echo_state import (
     reservoir_node,
 )
 from experiments.reports import Report, mean_and_spread
+from jaxrnn import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Config:
     """Steps before the test, the washout included."""
     test_steps: int = 2000
     """Steps of the test."""
-    starts: int = 50
+    starts: int = 20
     """Number of closed loops, which start at different steps of the test."""
     loop_steps: int = 300
     """Steps of each closed loop."""
@@ -70,8 +70,8 @@ class Config:
     sequence_steps: int = 5000
     """Length of these sequences."""
     repeats: int = 9
-    """Timed calls of each method."""
-    seeds: int = 10
+    """Timed calls of each method; 3 if one takes more than 10 s."""
+    seeds: int = 5
     """Number of networks and series of each task."""
     seed: int = 0
     """Seed of all random numbers."""
@@ -92,18 +92,14 @@ class Config:
         cli.expect_at_least(self.loop_steps + self.starts + 1, self, "test_steps")
         cli.expect_seed(self)
 
-    @property
-    def steps(self) -> Steps:
-        return Steps(
-            self.washout, self.training_steps, self.test_steps, self.starts, self.loop_steps
-        )
-
 
 SMOKE = {
     "hidden_size": 20, "washout": 20, "training_steps": 120, "test_steps": 100, "starts": 2,
     "loop_steps": 84, "timed_sizes": (10,), "sequences": 2, "sequence_steps": 20, "repeats": 1,
     "seeds": 2,
 }  # fmt: skip
+
+STEPS = "washout", "training_steps", "test_steps", "starts", "loop_steps"
 
 SLOW_SECONDS, SLOW_REPEATS = 10, 3
 """A method whose first call takes longer is timed fewer times."""
@@ -134,9 +130,13 @@ def compile_for(function: Callable, *arguments) -> tuple[float, Callable]:
     return timed(lambda: jax.jit(function).lower(*arguments).compile())
 
 
+def has_reservoirpy() -> bool:
+    return importlib.util.find_spec("reservoirpy") is not None
+
+
 def compare_networks(config: Config, report: Report) -> None:
     """Logs errors and seconds of each network; the two libraries alternate."""
-    steps = config.steps
+    steps = Steps(*(getattr(config, name) for name in STEPS))
     for n, task in enumerate(TASKS):
         compiled = None
         for seed in tqdm(range(config.seeds), desc=task.name, unit="network", disable=None):
@@ -147,10 +147,12 @@ def compare_networks(config: Config, report: Report) -> None:
             if compiled is None:
                 seconds, compiled = compile_for(partial(predict, steps, task), *arguments)
                 report.log(task=task.name, compilation=seconds)
-            calls = {"jaxrnn": compiled, "reservoirpy": partial(predict_reservoirpy, steps, task)}
+            calls = {"jaxrnn": compiled}
+            if has_reservoirpy():
+                calls["reservoirpy"] = partial(predict_reservoirpy, steps, task)
             runs = {name: timed(partial(call, *arguments)) for name, call in calls.items()}
-            check_agreement("reservoirpy", runs["reservoirpy"][1].hs, runs["jaxrnn"][1].hs)
             for method, (seconds, predicted) in runs.items():
+                check_agreement(method, predicted.hs, runs["jaxrnn"][1].hs)
                 row = {"method": method, "seed": seed, "seconds": seconds}
                 row |= errors(steps, task, targets, predicted)
                 if task.closed_loop and seed == 0:
@@ -160,37 +162,40 @@ def compare_networks(config: Config, report: Report) -> None:
                 report.log(task=task.name, **row)
 
 
+def reservoirpy_calls(params: Params, leak: float, xs: np.ndarray) -> dict[str, Callable]:
+    """Calls that return the states (B, T, H) of sequences xs (B, T, 1)."""
+    from reservoirpy.jax.nodes import Reservoir
+
+    weights = {"W": params.W_h, "Win": params.W_x, "bias": params.b_h}
+    jax_node = Reservoir(len(params.b_h), **weights, lr=leak)
+
+    def run(node, xs):
+        if node.initialized:
+            node.reset()  # else every sequence starts from the last state of the last call
+        return node.run(xs)
+
+    return {
+        "reservoirpy": partial(run, reservoir_node(params, leak), xs),
+        "reservoirpy.jax": partial(run, jax_node, jnp.asarray(xs)),
+    }
+
+
 def method_calls(config: Config, hidden_size: int) -> tuple[float, dict[str, Callable]]:
     """Seconds of compilation, and for each method a call that returns the states.
 
     Those of jaxrnn are (T, B, H), those of reservoirpy (B, T, H).
     """
-    from reservoirpy.jax.nodes import Reservoir
-
     task = TASKS[0]
     params = init_network(jax.random.key(config.seed), hidden_size, task)
     shape = config.sequences, config.sequence_steps, 1
     xs = np.random.default_rng(config.seed).uniform(-0.5, 0.5, shape)
-    node = reservoir_node(params, task.leak)
-    jax_node = Reservoir(hidden_size, W=params.W_h, Win=params.W_x, bias=params.b_h, lr=task.leak)
-
-    def run(node, xs, **keywords):
-        if node.initialized:
-            node.reset()  # else every sequence starts from the last state of the last call
-        return node.run(xs, **keywords)
-
-    calls = {
-        "reservoirpy": partial(run, node, xs),
-        "reservoirpy, 2 processes": partial(run, node, xs, workers=2),
-        "reservoirpy.jax": partial(run, jax_node, jnp.asarray(xs)),
-    }
+    calls = {}
     for name, dtype in (("jaxrnn, float32", jnp.float32), ("jaxrnn", jnp.float64)):
         inputs = jax.tree.map(partial(jnp.asarray, dtype=dtype), (params, xs.swapaxes(0, 1)))
-        seconds, compiled = compile_for(
-            lambda *inputs: jaxrnn.hidden_states(*inputs, leak=task.leak)[1], *inputs
-        )
+        states = partial(jaxrnn.hidden_states, leak=task.leak)
+        seconds, compiled = compile_for(lambda *inputs, run=states: run(*inputs)[1], *inputs)
         calls[name] = partial(compiled, *inputs)
-    return seconds, calls
+    return seconds, calls | (reservoirpy_calls(params, task.leak, xs) if has_reservoirpy() else {})
 
 
 def last_states(method: str, states) -> np.ndarray:
@@ -229,7 +234,7 @@ def draw(rows: list[dict]):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     loops = [row for row in rows if "loop" in row]
     left.plot(loops[0]["target"], color="black", linewidth=3, alpha=0.4, label="target")
-    for row, style in zip(loops, ("-", "--"), strict=True):
+    for row, style in zip(loops, ("-", "--"), strict=False):
         left.plot(row["loop"], style, color=COLORS[row["method"]], label=row["method"])
     left.axvline(HORIZON - 1, color="grey", linestyle=":")
     left.set(xlabel="steps in closed loop", ylabel="x - 1", title="Mackey-Glass, one network")
@@ -237,13 +242,13 @@ def draw(rows: list[dict]):
 
     judged = [(task.name, key) for task in TASKS for key in list(ERRORS)[: 1 + task.closed_loop]]
     for n, (task, key) in enumerate(judged):
-        for method, offset in (("jaxrnn", -0.15), ("reservoirpy", 0.15)):
+        for method, offset in zip(COLORS, (-0.15, 0.15), strict=True):
             nrmse = values(rows, task, method, key)
             at = n + offset + np.linspace(-0.08, 0.08, len(nrmse))
             middle.plot(at, nrmse, "o", color=COLORS[method], alpha=0.6, label=method)
     middle.set_xticks(range(len(judged)), [f"{task}\n{ERRORS[key]}" for task, key in judged])
     middle.set(ylabel="NRMSE", yscale="log", title="errors, networks as points")
-    middle.legend(*[handle[:2] for handle in middle.get_legend_handles_labels()])
+    middle.legend(*[both[: len(loops)] for both in middle.get_legend_handles_labels()])
 
     timings = [row for row in rows if "times" in row]
     sizes = list(dict.fromkeys(row["H"] for row in timings))
@@ -271,26 +276,29 @@ def result(rows: list[dict]) -> str:
         ("NARMA-10", "one_step", "NRMSE", 1, 4),
     ):
         both = [
-            f"{method} {mean_and_spread(scale * np.array(values(rows, task, method, key)), digits)}"
+            f"{method} {mean_and_spread(scale * np.array(nrmse), digits)}"
             for method in COLORS
+            if (nrmse := values(rows, task, method, key))
         ]
         parts.append(f"{task}, {unit}: {', '.join(both)}")
     for task in TASKS:
         both = [
-            f"{method} {statistics.median(values(rows, task.name, method, 'seconds')):.2f}"
+            f"{method} {statistics.median(seconds):.2f}"
             for method in COLORS
+            if (seconds := values(rows, task.name, method, "seconds"))
         ]
         parts.append(f"{task.name}, seconds of a network, median: {', '.join(both)}")
     for row in rows:
         if "times" in row:
             least, median = min(row["times"]), statistics.median(row["times"])
-            parts.append(f"{row['H']} units, {row['method']}: {least:.2f} s, median {median:.2f} s")
+            time_of = f"{least:.2f} s, median {median:.2f} s of {len(row['times'])}"
+            parts.append(f"{row['H']} units, {row['method']}: {time_of}")
     return "; ".join(parts)
 
 
 def main(config: Config) -> dict:
-    if importlib.util.find_spec("reservoirpy") is None:
-        raise InputError("reservoirpy: not installed: pip install -e '.[reservoir]'")
+    if not has_reservoirpy():
+        print("reservoirpy is not installed and left out", file=sys.stderr)
     report = Report(config)
     with jax.enable_x64(True):
         compare_networks(config, report)
