@@ -4,6 +4,7 @@ W_x, W_h and b_h are random and fixed; W_h is sparse, and the units leak. Only t
 learned, by ridge regression on the states (Jaeger 2001).
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -172,12 +173,34 @@ def predict(steps: Steps, task: Task, params: Params, xs, targets) -> Predicted:
     return Predicted(hs, ys, loops)
 
 
+def has_reservoirpy() -> bool:
+    return importlib.util.find_spec("reservoirpy") is not None
+
+
 def reservoir_node(params: Params, leak: float):
     """The network as a node of reservoirpy, with a sparse W_h."""
     from reservoirpy.nodes import Reservoir
 
     W_x, W_h, _, b_h, _ = map(np.asarray, params)
     return Reservoir(W=scipy.sparse.csr_array(W_h), Win=W_x, bias=b_h, lr=leak)
+
+
+def reservoirpy_calls(params: Params, leak: float, xs: np.ndarray) -> dict[str, Callable]:
+    """Calls that return the states (B, T, H) of sequences xs (B, T, 1)."""
+    from reservoirpy.jax.nodes import Reservoir
+
+    weights = {"W": params.W_h, "Win": params.W_x, "bias": params.b_h}
+    jax_node = Reservoir(len(params.b_h), **weights, lr=leak)
+
+    def run(node, xs):
+        if node.initialized:
+            node.reset()  # else every sequence starts from the last state of the last call
+        return node.run(xs)
+
+    return {
+        "reservoirpy": partial(run, reservoir_node(params, leak), xs),
+        "reservoirpy.jax": partial(run, jax_node, jnp.asarray(xs)),
+    }
 
 
 def predict_reservoirpy(steps: Steps, task: Task, params: Params, xs, targets) -> Predicted:

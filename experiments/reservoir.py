@@ -16,7 +16,6 @@ sequences run through leaky units, the methods in turn. Without reservoirpy jaxr
 """
 
 import dataclasses
-import importlib.util
 import statistics
 import sys
 import time
@@ -38,13 +37,13 @@ from experiments.echo_state import (
     TASKS,
     Steps,
     errors,
+    has_reservoirpy,
     init_network,
     predict,
     predict_reservoirpy,
-    reservoir_node,
+    reservoirpy_calls,
 )
 from experiments.reports import Report, mean_and_spread
-from jaxrnn import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +129,6 @@ def compile_for(function: Callable, *arguments) -> tuple[float, Callable]:
     return timed(lambda: jax.jit(function).lower(*arguments).compile())
 
 
-def has_reservoirpy() -> bool:
-    return importlib.util.find_spec("reservoirpy") is not None
-
-
 def compare_networks(config: Config, report: Report) -> None:
     """Logs errors and seconds of each network; the two libraries alternate."""
     steps = Steps(*(getattr(config, name) for name in STEPS))
@@ -160,24 +155,6 @@ def compare_networks(config: Config, report: Report) -> None:
                     row["loop"] = np.asarray(predicted.loops)[:, 0, 0].tolist()
                     row["target"] = targets[first : first + steps.loop, 0].tolist()
                 report.log(task=task.name, **row)
-
-
-def reservoirpy_calls(params: Params, leak: float, xs: np.ndarray) -> dict[str, Callable]:
-    """Calls that return the states (B, T, H) of sequences xs (B, T, 1)."""
-    from reservoirpy.jax.nodes import Reservoir
-
-    weights = {"W": params.W_h, "Win": params.W_x, "bias": params.b_h}
-    jax_node = Reservoir(len(params.b_h), **weights, lr=leak)
-
-    def run(node, xs):
-        if node.initialized:
-            node.reset()  # else every sequence starts from the last state of the last call
-        return node.run(xs)
-
-    return {
-        "reservoirpy": partial(run, reservoir_node(params, leak), xs),
-        "reservoirpy.jax": partial(run, jax_node, jnp.asarray(xs)),
-    }
 
 
 def method_calls(config: Config, hidden_size: int) -> tuple[float, dict[str, Callable]]:
