@@ -233,3 +233,13 @@ def errors(steps: Steps, task: Task, targets, predicted: Predicted) -> dict[str,
         return one_step
     ahead = targets[steps.loop_starts() + HORIZON]
     return one_step | {"closed_loop": nrmse(predicted.loops[HORIZON - 1], ahead)}
+
+
+def check_agreement(method: str, got, expected) -> None:
+    """Raises AssertionError unless the states are equal to rounding."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    error = np.abs(got - expected).max()
+    if not error <= 1e4 * np.finfo(got.dtype).eps:
+        raise AssertionError(
+            f"{method}: expected the states of jaxrnn, got a difference {error:.1e}"
+        )

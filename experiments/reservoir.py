@@ -36,6 +36,7 @@ from experiments.echo_state import (
     HORIZON,
     TASKS,
     Steps,
+    check_agreement,
     errors,
     has_reservoirpy,
     init_network,
@@ -105,16 +106,6 @@ SLOW_SECONDS, SLOW_REPEATS = 10, 3
 
 COLORS = {"jaxrnn": "C0", "reservoirpy": "C1"}
 ERRORS = {"one_step": "one step", "closed_loop": f"{HORIZON} steps, closed loop"}
-
-
-def check_agreement(method: str, got, expected) -> None:
-    """Raises AssertionError unless the states are equal to rounding."""
-    got, expected = np.asarray(got), np.asarray(expected)
-    error = np.abs(got - expected).max()
-    if not error <= 1e4 * np.finfo(got.dtype).eps:
-        raise AssertionError(
-            f"{method}: expected the states of jaxrnn, got a difference {error:.1e}"
-        )
 
 
 def timed(call: Callable) -> tuple[float, Any]:

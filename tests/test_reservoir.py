@@ -118,10 +118,10 @@ def test_reservoirpy_has_the_same_states_and_predictions(task):
 
 
 def test_other_states_are_refused():
-    reservoir.check_agreement("right", np.ones(3), np.ones(3))
+    echo_state.check_agreement("right", np.ones(3), np.ones(3))
     for wrong in (np.full(3, 1.1), np.full(3, np.nan)):
         with pytest.raises(AssertionError, match=r"^wrong: expected the states of jaxrnn, got "):
-            reservoir.check_agreement("wrong", wrong, np.ones(3))
+            echo_state.check_agreement("wrong", wrong, np.ones(3))
 
 
 @pytest.mark.parametrize("installed", [True, False])
