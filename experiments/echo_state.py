@@ -185,22 +185,14 @@ def reservoir_node(params: Params, leak: float):
     return Reservoir(W=scipy.sparse.csr_array(W_h), Win=W_x, bias=b_h, lr=leak)
 
 
-def reservoirpy_calls(params: Params, leak: float, xs: np.ndarray) -> dict[str, Callable]:
-    """Calls that return the states (B, T, H) of sequences xs (B, T, 1)."""
-    from reservoirpy.jax.nodes import Reservoir
+def run_from_zero(node, xs: np.ndarray):
+    """The states (B, T, H) of sequences xs (B, T, 1) by a node of reservoirpy.
 
-    weights = {"W": params.W_h, "Win": params.W_x, "bias": params.b_h}
-    jax_node = Reservoir(len(params.b_h), **weights, lr=leak)
-
-    def run(node, xs):
-        if node.initialized:
-            node.reset()  # else every sequence starts from the last state of the last call
-        return node.run(xs)
-
-    return {
-        "reservoirpy": partial(run, reservoir_node(params, leak), xs),
-        "reservoirpy.jax": partial(run, jax_node, jnp.asarray(xs)),
-    }
+    Without the reset, the sequences start from the last state of the last call.
+    """
+    if node.initialized:
+        node.reset()
+    return node.run(xs)
 
 
 def predict_reservoirpy(steps: Steps, task: Task, params: Params, xs, targets) -> Predicted:

@@ -42,7 +42,8 @@ from experiments.echo_state import (
     init_network,
     predict,
     predict_reservoirpy,
-    reservoirpy_calls,
+    reservoir_node,
+    run_from_zero,
 )
 from experiments.reports import Report, mean_and_spread
 
@@ -157,38 +158,36 @@ def method_calls(config: Config, hidden_size: int) -> tuple[float, dict[str, Cal
     params = init_network(jax.random.key(config.seed), hidden_size, task)
     shape = config.sequences, config.sequence_steps, 1
     xs = np.random.default_rng(config.seed).uniform(-0.5, 0.5, shape)
-    calls = {}
-    for name, dtype in (("jaxrnn, float32", jnp.float32), ("jaxrnn", jnp.float64)):
-        inputs = jax.tree.map(partial(jnp.asarray, dtype=dtype), (params, xs.swapaxes(0, 1)))
-        states = partial(jaxrnn.hidden_states, leak=task.leak)
-        seconds, compiled = compile_for(lambda *inputs, run=states: run(*inputs)[1], *inputs)
-        calls[name] = partial(compiled, *inputs)
-    return seconds, calls | (reservoirpy_calls(params, task.leak, xs) if has_reservoirpy() else {})
 
+    def states(params, xs):
+        return jaxrnn.hidden_states(params, xs, leak=task.leak)[1]
 
-def last_states(method: str, states) -> np.ndarray:
-    return np.asarray(states[-1] if method.startswith("jaxrnn") else states[:, -1])
+    arguments = params, jnp.asarray(xs.swapaxes(0, 1))
+    seconds, compiled = compile_for(states, *arguments)
+    calls: dict[str, Callable] = {"jaxrnn": partial(compiled, *arguments)}
+    if has_reservoirpy():
+        calls["reservoirpy"] = partial(run_from_zero, reservoir_node(params, task.leak), xs)
+    return seconds, calls
 
 
 def time_sequences(config: Config, report: Report) -> None:
-    """Logs the seconds of each call. Methods alternate; the first call of each is not timed."""
+    """Logs the seconds of each call; methods alternate."""
     for H in config.timed_sizes:
         seconds, calls = method_calls(config, H)
         report.log(H=H, compilation=seconds)
-        expected = last_states("jaxrnn", calls["jaxrnn"]())
-        repeats: dict[str, int] = {}
-        for name, call in calls.items():
-            seconds, states = timed(call)
-            check_agreement(name, last_states(name, states), expected)
-            del states  # more than a gigabyte at 500 units
-            slow = seconds > SLOW_SECONDS
-            repeats[name] = min(config.repeats, SLOW_REPEATS) if slow else config.repeats
         times: dict[str, list[float]] = {name: [] for name in calls}
+        last_states = {}
         for n in tqdm(range(config.repeats), desc=f"{H} units", unit="round", disable=None):
             for name, call in calls.items():
-                if n < repeats[name]:
-                    times[name].append(timed(call)[0])
+                if n >= SLOW_REPEATS and times[name][0] > SLOW_SECONDS:
+                    continue
+                seconds, states = timed(call)
+                times[name].append(seconds)
+                last = states[-1] if name == "jaxrnn" else states[:, -1]
+                last_states[name] = np.array(last)  # all states are more than a gigabyte
+                del states, last
         for name, all_seconds in times.items():
+            check_agreement(name, last_states[name], last_states["jaxrnn"])
             report.log(H=H, method=name, times=all_seconds)
 
 
