@@ -211,8 +211,8 @@ def draw(rows: list[dict]):
     for n, (task, key) in enumerate(judged):
         for method, offset in zip(COLORS, (-0.15, 0.15), strict=True):
             nrmse = values(rows, task, method, key)
-            at = n + offset + np.linspace(-0.08, 0.08, len(nrmse))
-            middle.plot(at, nrmse, "o", color=COLORS[method], alpha=0.6, label=method)
+            places = n + offset + np.linspace(-0.08, 0.08, len(nrmse))
+            middle.plot(places, nrmse, "o", color=COLORS[method], alpha=0.6, label=method)
     middle.set_xticks(range(len(judged)), [f"{task}\n{ERRORS[key]}" for task, key in judged])
     middle.set(ylabel="NRMSE", yscale="log", title="errors, networks as points")
     middle.legend(*[both[: len(loops)] for both in middle.get_legend_handles_labels()])
@@ -221,11 +221,12 @@ def draw(rows: list[dict]):
     sizes = list(dict.fromkeys(row["H"] for row in timings))
     methods = list(dict.fromkeys(row["method"] for row in timings))
     for n, row in enumerate(timings):
-        at = sizes.index(row["H"]) + 0.16 * (methods.index(row["method"]) - (len(methods) - 1) / 2)
-        label = row["method"] if n < len(methods) else None
+        which = methods.index(row["method"])
+        at = sizes.index(row["H"]) + 0.34 * (which - (len(methods) - 1) / 2)
         least, median = min(row["times"]), statistics.median(row["times"])
-        right.bar(at, least, 0.14, color=f"C{methods.index(row['method'])}", label=label)
-        right.plot([at], [median], "_", color="black", markersize=9)
+        label = row["method"] if n < len(methods) else None
+        right.bar([at], least, 0.3, color=COLORS[row["method"]], label=label)
+        right.plot([at], [median], "_", color="black", markersize=18)
     right.set_xticks(range(len(sizes)), [f"{size} units" for size in sizes])
     right.set(ylabel="seconds", yscale="log", title="many sequences: minimum, and median as a line")
     right.legend()
@@ -243,18 +244,18 @@ def result(rows: list[dict]) -> str:
         ("NARMA-10", "one_step", "NRMSE", 1, 4),
     ):
         both = [
-            f"{method} {mean_and_spread(scale * np.array(nrmse), digits)}"
+            f"{method} {mean_and_spread([scale * each for each in nrmse], digits)}"
             for method in COLORS
             if (nrmse := values(rows, task, method, key))
         ]
         parts.append(f"{task}, {unit}: {', '.join(both)}")
-    for task in TASKS:
+    for name in (task.name for task in TASKS):
         both = [
             f"{method} {statistics.median(seconds):.2f}"
             for method in COLORS
-            if (seconds := values(rows, task.name, method, "seconds"))
+            if (seconds := values(rows, name, method, "seconds"))
         ]
-        parts.append(f"{task.name}, seconds of a network, median: {', '.join(both)}")
+        parts.append(f"{name}, seconds of a network, median: {', '.join(both)}")
     for row in rows:
         if "times" in row:
             least, median = min(row["times"]), statistics.median(row["times"])
