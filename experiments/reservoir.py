@@ -71,7 +71,7 @@ class Config:
     sequence_steps: int = 5000
     """Length of these sequences."""
     repeats: int = 9
-    """Timed calls of each method; 3 if one takes more than 10 s."""
+    """Timed calls of each method; 3 if the first takes more than 10 s."""
     seeds: int = 5
     """Number of networks and series of each task."""
     seed: int = 0
