@@ -205,7 +205,8 @@ def draw(rows: list[dict]):
         left.plot(row["loop"], style, color=COLORS[row["method"]], label=row["method"])
     left.axvline(HORIZON - 1, color="grey", linestyle=":")
     left.set(xlabel="steps in closed loop", ylabel="x - 1", title="Mackey-Glass, one network")
-    left.legend()
+    left.margins(y=0.2)
+    left.legend(loc="lower center", ncols=3)
 
     judged = [(task.name, key) for task in TASKS for key in list(ERRORS)[: 1 + task.closed_loop]]
     for n, (task, key) in enumerate(judged):
@@ -228,7 +229,7 @@ def draw(rows: list[dict]):
         right.bar([at], least, 0.3, color=COLORS[row["method"]], label=label)
         right.plot([at], [median], "_", color="black", markersize=18)
     right.set_xticks(range(len(sizes)), [f"{size} units" for size in sizes])
-    right.set(ylabel="seconds", yscale="log", title="many sequences: minimum, and median as a line")
+    right.set(ylabel="seconds", title="many sequences: minimum, and median as a line")
     right.legend()
     for ax in (middle, right):
         ax.grid(axis="y", alpha=0.3)
