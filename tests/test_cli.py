@@ -27,6 +27,7 @@ NAMES = [
     "polyphonic_music",
     "char_sweep",
     "flip_flop",
+    "reservoir",
     "char_lm",
 ]
 

@@ -30,6 +30,7 @@ NAMES = [
     "polyphonic_music",
     "char_sweep",
     "flip_flop",
+    "reservoir",
 ]
 
 
