@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -212,10 +213,12 @@ def search(config: Config, report: Report, params: Params, hs: np.ndarray):
             start = time.perf_counter()
             points = jax.block_until_ready(compiled[name](network, h=h))
             seconds, percent = time.perf_counter() - start, 100 * float(points.converged.mean())
-            found = measure(distinct(points, DISTANCE))
-            report.log(network=n, finder=name, seconds=seconds, percent=percent, **found)
-            if name == "Newton" and n == 0 and found["points"]:
-                report.log(**project(distinct(points, DISTANCE), hs[n]))
+            with warnings.catch_warnings(action="ignore"):  # finding nothing is a result here
+                found = distinct(points, DISTANCE)
+            log = {"network": n, "finder": name, "seconds": seconds, "percent": percent}
+            report.log(**log, **measure(found))
+            if name == "Newton" and n == 0 and len(found.h):
+                report.log(**project(found, hs[n]))
 
 
 KINDS = [("o", "C2", "stable"), ("X", "C3", "saddle of index 1, unstable direction"),

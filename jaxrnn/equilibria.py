@@ -7,6 +7,7 @@ A trained network holds a memory near a stable fixed point, and saddles lie betw
 """
 
 import math
+import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -186,6 +187,9 @@ def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
       TypeError: points are not FixedPoints, or the tolerance is not a number.
       ValueError: points are those of several networks, or the tolerance is not above 0 and finite.
 
+    Warns:
+      UserWarning: no point has converged.
+
     >>> points = FixedPoints(
     ...     h=jnp.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1e-6], [5.0, 5.0]]),
     ...     speed=jnp.array([1e-15, 1e-16, 1e-14, 1.0]),
@@ -204,6 +208,9 @@ def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
     _check_tolerance("tolerance", tolerance)
     h, speed, converged = (np.asarray(points.h), np.asarray(points.speed), points.converged)
     left = np.flatnonzero(np.asarray(converged))
+    if not left.size:
+        lowest = f"none of {len(h)}, with a lowest speed of {speed.min(initial=math.inf):.1e}"
+        warnings.warn(f"points: expected one that converged, got {lowest}", stacklevel=2)
     left = left[np.argsort(speed[left], kind="stable")]
     kept = []
     while left.size:

@@ -111,7 +111,8 @@ def test_a_search_that_finds_nothing_is_marked_and_distinct_is_empty():
     points = find(params, np.array([[0.5], [2.0]]), activation=jaxrnn.relu)
     assert not points.converged.any()
     np.testing.assert_array_equal(points.speed, 0.5)
-    nothing = distinct(points, 1e-3)
+    with pytest.warns(UserWarning, match=r"^points: expected one that converged, got none of \d"):
+        nothing = distinct(points, 1e-3)
     assert [leaf.shape for leaf in nothing] == [(0, 1), (0,), (0, 1, 1), (0,)]
     assert stability(nothing.jacobian).eigenvalues.shape == (0, 1)
 

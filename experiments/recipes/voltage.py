@@ -9,7 +9,9 @@ It is a rate network whose inputs went through the same leak (Miller and Fumarol
     v_t = W_h r_t + i_{t+1}
 
 since W_h r_t + i_{t+1} = (1 - alpha)(W_h r_{t-1} + i_t) + alpha (W_h f(v_{t-1}) + W_x u_t + b_h).
-So `hidden_states` does the work, with all products outside the loop but one; alpha is a scalar.
+So the functions of jaxrnn apply, such as `fixed_points` to the rates; alpha is a scalar. To train,
+take the scan below: it has fewer products, and its gradient takes 6.3 ms against 11.3 at H 128,
+T 100, B 32 on 2 CPU cores (minimum of 11).
 Run: python -m experiments.recipes.voltage
 """
 
