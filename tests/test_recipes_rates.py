@@ -9,7 +9,14 @@ import optax
 import pytest
 
 import jaxrnn
-from experiments.recipes import dales_law, low_rank, noise, time_constants, voltage
+from experiments.recipes import (
+    dales_law,
+    low_rank,
+    noise,
+    shared_blocks,
+    time_constants,
+    voltage,
+)
 from tests.recipe_cases import draw, labelled_batch, network
 from tests.reference import plain_loss, relative_errors
 
@@ -88,3 +95,18 @@ def test_no_update_gives_a_weight_the_wrong_sign_or_a_new_connection():
         changed_sign |= bool((np.asarray(state.params.W_h) < 0).any())
     assert metrics.skipped == 0
     assert changed_sign
+
+
+@pytest.mark.usefixtures("x64")
+def test_shared_blocks_are_written_entry_by_entry():
+    theta = shared_blocks.init_theta(jax.random.key(0), 2, 3, 2, 2)
+    theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), theta)
+    W_h = np.zeros((6, 6))
+    for i in range(6):
+        for j in range(6):
+            W_h[i, j] = theta.between[i // 2, j // 2] / 2 + (i == j) * theta.within[i // 2]
+    to_params, batch = partial(shared_blocks.to_params, copies=2), labelled_batch()
+    np.testing.assert_allclose(to_params(theta).W_h, W_h, atol=1e-15)
+    got = jax.jit(jaxrnn.reparametrized(jaxrnn.bptt, to_params))(theta, batch)
+    plain = jax.value_and_grad(lambda theta: plain_loss(to_params(theta), batch), has_aux=True)
+    assert max(relative_errors(got, jax.jit(plain)(theta))) <= AGREEMENT
