@@ -32,12 +32,29 @@ class Trials(NamedTuple):
     truth: np.ndarray
 
 
+RESPONSE = 5
+"""The weight of a step of the decision (Yang et al. 2019)."""
+
+
 def import_neurogym() -> Any:
     try:
         import neurogym
     except ImportError:
         raise InputError("neurogym: not installed: pip install -e '.[cognitive]'") from None
     return neurogym
+
+
+def step_weights(onset: int, T: int) -> np.ndarray:
+    """The weight of each step in the loss, (T,).
+
+    It is 1 before the decision, 0 at its first step, in which the network cannot have reacted yet,
+    and RESPONSE after it.
+
+    >>> step_weights(onset=2, T=5).tolist()
+    [1.0, 1.0, 0.0, 5.0, 5.0]
+    """
+    t = np.arange(T)
+    return np.select([t < onset, t == onset], [1, 0], RESPONSE).astype(np.float32)
 
 
 def collect(env: Any, draw_trial: Callable, conditions: Iterable[Any]) -> Trials:
@@ -50,8 +67,8 @@ def collect(env: Any, draw_trial: Callable, conditions: Iterable[Any]) -> Trials
             draw_trial(condition)
             task = env.unwrapped
             onset, T = task.start_ind["decision"], len(task.gt)
-            weights = np.where(np.arange(T) < onset, 1 / max(onset, 1), 1 / (T - onset))
-            sequences.append(Batch(task.ob, task.gt.astype(np.int32), None, None, np.float32(weights)))
+            weights = step_weights(onset, T)
+            sequences.append(Batch(task.ob, task.gt.astype(np.int32), weights=weights))
             onsets.append(onset)
     batch, onset = jaxrnn.pad(sequences), np.array(onsets)
     return Trials(batch, onset, batch.targets[onset, np.arange(len(onset))])
