@@ -21,8 +21,8 @@ class Trials(NamedTuple):
     """Trials of unequal length, padded.
 
     Attributes:
-      batch: Batch (T, N, ...), whose targets are the correct actions. In each trial the steps of the
-        decision together have weight 1, and so have the steps before it.
+      batch: Batch (T, N, ...), whose targets are the correct actions, with the weights of
+        `step_weights`.
       onset: (N,) integers, the first step of the decision.
       truth: (N,) integers, the correct action in the decision.
     """

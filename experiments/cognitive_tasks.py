@@ -20,6 +20,7 @@ output, is the correct one. Accuracies are those on new trials, with noise, afte
 """
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -29,22 +30,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from jax import lax
 from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
 from experiments.cognitive_data import (
-    COHERENCES,
-    DIRECTIONS,
     Trials,
     perceptual_trials,
     to_device,
     yang_trials,
 )
+from experiments.cognitive_report import draw, perceptual_row, task_row
 from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
 from experiments.reports import Report, mean_and_spread
 from jaxrnn import Batch, Params
@@ -53,7 +51,7 @@ from jaxrnn.epochs import shuffled_epoch
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Accuracy in perceptual decision making and in tasks of Yang et al., with and without Dale's law."""
+    """Accuracy in perceptual decisions and in tasks of Yang et al., with and without Dale's law."""
 
     tasks: tuple[str, ...] = ("go", "rtgo", "dlygo", "anti", "dlyanti", "dm1", "ctxdm1", "ctxdm2")
     """Tasks of yang19 that one network learns."""
@@ -232,3 +230,39 @@ def train(config: Config, kind: Kind, sets: list[Trials], epochs: int, seeds: in
         keys = shard_seeds(jax.random.split(key_epoch, seeds))
         state, answers = epoch(state, keys, training.batch, test)
         yield np.asarray(answers)
+
+
+def main(config: Config) -> dict:
+    use_all_cores()
+    report = Report(config)
+    counts = config.perceptual_trials, config.test_trials
+    perceptual = perceptual_trials(config.dt, counts, config.seed)
+    yang = yang_trials(config.tasks, config.dt, (config.trials, config.test_trials), config.seed)
+    runs = [
+        ("perceptual", perceptual, config.perceptual_epochs, config.seeds, perceptual_row),
+        ("yang19", yang, config.epochs, config.yang_seeds, partial(task_row, config.tasks)),
+    ]
+    parts = []
+    with tqdm(total=len(KINDS) * sum(run[2] for run in runs), unit="epoch", disable=None) as bar:
+        for kind, (name, sets, epochs, seeds, measure) in itertools.product(KINDS, runs):
+            key = jax.random.fold_in(jax.random.key(config.seed), len(parts))
+            answers_by_epoch = train(config, kind, sets, epochs, seeds, key)
+            for epoch, answers in enumerate(answers_by_epoch, start=1):
+                row = measure(sets[1].truth, answers)
+                report.log(set=name, kind=kind.name, epoch=epoch, **row)
+                bar.set_description(f"{name}, {kind.name}: {np.mean(row['accuracies']):.3f}")
+                bar.update()
+            values = (100 * np.array(row["accuracies"])).ravel().tolist()
+            parts.append(f"{name}, {kind.name}: {mean_and_spread(values, 1)} % correct")
+    last = {"perceptual": config.perceptual_epochs, "yang19": config.epochs}
+    final = [row for row in report.rows if row["epoch"] == last[row["set"]]]
+    return report.finish("; ".join(parts), draw, final=final)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
+
+
+if __name__ == "__main__":
+    sys.exit(run())
