@@ -53,9 +53,9 @@ from jaxrnn.epochs import shuffled_epoch
 class Config:
     """Accuracy in perceptual decisions and in tasks of Yang et al., with and without Dale's law."""
 
-    tasks: tuple[str, ...] = ("go", "rtgo", "dlygo", "anti", "dlyanti", "dm1", "ctxdm1", "ctxdm2")
+    tasks: tuple[str, ...] = ("go", "rtgo", "dlygo", "anti", "rtanti", "dlyanti", "dm1", "ctxdm1")
     """Tasks of yang19 that one network learns."""
-    hidden_size: int = 128
+    hidden_size: int = 96
     """Hidden units, H."""
     tau: int = 100
     """Time constant of a unit, in ms."""
@@ -63,17 +63,17 @@ class Config:
     """Duration of a step, in ms."""
     noise: float = 0.05
     """Standard deviation sigma of a unit's noise."""
-    trials: int = 2_000
+    trials: int = 1_000
     """Training trials of each task of yang19."""
     epochs: int = 40
     """Passes over the training trials of yang19."""
-    perceptual_trials: int = 800
+    perceptual_trials: int = 200
     """Training trials of perceptual decision making, of each coherence and direction."""
     perceptual_epochs: int = 20
     """Passes over the training trials of perceptual decision making."""
-    test_trials: int = 500
+    test_trials: int = 200
     """Test trials of each task, or of each coherence and direction."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Trials per update, B."""
     learning_rate: float = 2e-3
     """Initial learning rate of Adam; cosine decay to zero."""
