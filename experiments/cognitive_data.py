@@ -44,7 +44,7 @@ def import_neurogym() -> Any:
     return neurogym
 
 
-def step_weights(onset: int, T: int) -> np.ndarray:
+def step_weights(onset: int, T: int) -> Any:
     """The weight of each step in the loss, (T,).
 
     It is 1 before the decision, 0 at its first step, in which the network cannot have reacted yet,
@@ -71,7 +71,8 @@ def collect(env: Any, draw_trial: Callable, conditions: Iterable[Any]) -> Trials
             sequences.append(Batch(task.ob, task.gt.astype(np.int32), weights=weights))
             onsets.append(onset)
     batch, onset = jaxrnn.pad(sequences), np.array(onsets)
-    return Trials(batch, onset, batch.targets[onset, np.arange(len(onset))])
+    truth = np.asarray(batch.targets)[onset, np.arange(len(onset))]
+    return Trials(batch, onset, truth)
 
 
 COHERENCES = (0.0, 6.4, 12.8, 25.6, 51.2)

@@ -185,7 +185,7 @@ def responses(config: Config, params: Params, trials: Trials, key):
 
     It is -1 if the network did not fixate up to the decision, or if an output is not finite.
     """
-    xs, mask = trials.batch.xs, trials.batch.mask
+    xs, mask = trials.batch.xs, jnp.asarray(trials.batch.mask)
     options: dict = {"activation": jaxrnn.softplus, "leak": config.dt / config.tau}
     _, ys = jaxrnn.unroll(params, xs, drive=noise(config, key, xs), mask=mask, **options)
     actions = ys.argmax(axis=-1)
@@ -242,7 +242,7 @@ def main(config: Config) -> dict:
         ("perceptual", perceptual, config.perceptual_epochs, config.seeds, perceptual_row),
         ("yang19", yang, config.epochs, config.yang_seeds, partial(task_row, config.tasks)),
     ]
-    parts = []
+    parts: list[str] = []
     with tqdm(total=len(KINDS) * sum(run[2] for run in runs), unit="epoch", disable=None) as bar:
         for kind, (name, sets, epochs, seeds, measure) in itertools.product(KINDS, runs):
             key = jax.random.fold_in(jax.random.key(config.seed), len(parts))
