@@ -8,8 +8,7 @@ the input 0, from means of two states on trajectories, with noise, in two ways:
     Newton    `jaxrnn.equilibria.fixed_points`
     Adam      on q = |h - F(h)|^2 / 2, as FixedPointFinder does (Golub and Sussillo 2018)
 
-A step maps the cube [-1, 1]^H into itself. So the signs of det(I - dF/dh) over all fixed points add
-up to 1 (Lefschetz): any other sum shows that some were not found.
+The signs of det(I - dF/dh) over all fixed points add up to 1: see `fixed_points`.
 
     python -m experiments.flip_flop --out runs/flip_flop
 """
@@ -215,8 +214,7 @@ def search(config: Config, report: Report, params: Params, hs: np.ndarray):
             seconds, percent = time.perf_counter() - start, 100 * float(points.converged.mean())
             with warnings.catch_warnings(action="ignore"):  # finding nothing is a result here
                 found = distinct(points, DISTANCE)
-            log = {"network": n, "finder": name, "seconds": seconds, "percent": percent}
-            report.log(**log, **measure(found))
+            report.log(network=n, finder=name, seconds=seconds, percent=percent, **measure(found))
             if name == "Newton" and n == 0 and len(found.h):
                 report.log(**project(found, hs[n]))
 

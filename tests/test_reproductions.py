@@ -31,6 +31,7 @@ NAMES = [
     "char_sweep",
     "flip_flop",
     "reservoir",
+    "cognitive_tasks",
 ]
 
 
@@ -49,6 +50,8 @@ def test_every_experiment_runs_and_writes_its_files(name, tmp_path, music, capsy
         request.getfixturevalue("few_curves")
     if name == "japanese_vowels":
         pytest.importorskip("aeon")
+    if name == "cognitive_tasks":
+        pytest.importorskip("neurogym")
     module = importlib.import_module(f"experiments.{name}")
     out = tmp_path / "out"
     flags = ["--data", str(music)] if name == "polyphonic_music" else []
