@@ -65,7 +65,7 @@ def rtrl(
     Returns:
       (L, h_T), grads, as `bptt`.
 
-    >>> import jax, jaxrnn
+    >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
     >>> (value, h_T), grads = rtrl(params, batch)
@@ -96,7 +96,7 @@ def snap1(
 
     The arguments, errors and results are those of `rtrl`.
 
-    >>> import jax, jaxrnn
+    >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), 3, 5, 2, W_h_init=jaxrnn.scaled_identity(0.9))
     >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
     >>> (value, h_T), grads = snap1(params, batch)
@@ -135,7 +135,7 @@ def uoro(
     Returns:
       (L, h_T), grads. L and h_T are not random, nor are dW_y and db_y.
 
-    >>> import jax, jaxrnn
+    >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
     >>> keys = jax.random.split(jax.random.key(1), 2000)

@@ -109,6 +109,7 @@ def stream_gradient(
       TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
 
     >>> import jax, jaxrnn
+    >>> from jaxrnn.influence import full
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> batch = Batch(xs=jnp.ones((100, 3)), targets=jnp.zeros(100, int))
     >>> def learn(carry, step):

@@ -106,6 +106,7 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(
     assert len(metrics(tmp_path)) == saved + 3
 
 
+@pytest.mark.thorough
 def test_a_signal_to_one_process_stops_all_after_saving(text, tmp_path, of_one_process):
     processes = start(2, text, tmp_path, "--steps", "100000")
     path = tmp_path / "metrics.jsonl"
