@@ -22,7 +22,7 @@ from jaxrnn.activations import Activation, check_activation, tanh
 from jaxrnn.batches import check_input, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
-from jaxrnn.products import input_zs
+from jaxrnn.products import input_zs, per_unit
 from jaxrnn.recurrence import leaky, match_varying_axes
 
 STEP_SIZES = 0.5 ** np.arange(10)
@@ -123,7 +123,7 @@ def _residual(
     activation: Activation, W_h: Array, leak: Array | None, z_x: Array, h: Array
 ) -> Array:
     """r = h - F(h, x), for states (..., H)."""
-    return h - leaky(leak, h, activation.f(z_x + h @ W_h.T))
+    return h - leaky(leak, h, activation.f(per_unit(z_x, h) + h @ W_h.T))
 
 
 def _speed(r: Array) -> Array:
@@ -157,10 +157,10 @@ def _search(
         gradient = A.T @ r  # dq/dh
         newton = -jnp.linalg.solve(A, r)
         descent = -gradient * _speed(gradient) / _speed(A @ gradient)
-        candidates = jnp.concatenate([sizes * newton, sizes * descent])
+        candidates = jnp.concatenate([sizes * newton[None], sizes * descent[None]])
         predicted = jnp.minimum(candidates @ gradient, 0)
         # A candidate that is not finite gives NaN, which is not below anything.
-        falls = _speed(residual(h + candidates)) < q + SUFFICIENT * predicted
+        falls = _speed(residual(h[None] + candidates)) < q + SUFFICIENT * predicted
         h = jnp.where(falls.any(), h + candidates[jnp.argmax(falls)], h)
         return n + 1, h, q, falls.any()
 

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxrnn import checks
 from jaxrnn.params import Params
+from jaxrnn.products import per_unit
 
 
 def augmented_input(params: Params, x: Array, h_before: Array) -> Array:
@@ -45,7 +46,7 @@ class Influence(NamedTuple):
 
 def carried(leak: Array | None, h_dot: Array, h_dot_new: Array) -> Array:
     """(1 - alpha) h_dot_{t-1} + h_dot_new, for a tangent of the state; alpha is 1 if None."""
-    return h_dot_new if leak is None else (1 - leak) * h_dot + h_dot_new
+    return h_dot_new if leak is None else (1 - per_unit(leak, h_dot)) * h_dot + h_dot_new
 
 
 def _full_start(h: Array, N: int) -> Array:
@@ -57,7 +58,7 @@ def _full_advance(
 ) -> Array:
     """J[..., j, n, :] is dh / dtheta_jn, a tangent of the state."""
     del key  # nothing is random
-    direct = u[..., None, :, None] * jnp.eye(len(W_h), dtype=u.dtype)[:, None, :]
+    direct = u[..., None, :, None] * per_unit(jnp.eye(len(W_h), dtype=u.dtype)[:, None, :], J)
     return carried(leak, J, f_prime[..., None, None, :] * (J @ W_h.T + direct))
 
 
@@ -80,7 +81,7 @@ def _diagonal_advance(
     """J[..., j, n] is dh_j / dtheta_jn through the unit j alone."""
     del key  # nothing is random
     leak = None if leak is None else jnp.broadcast_to(leak, f_prime.shape)[..., None]
-    W_jj = jnp.diagonal(W_h)[:, None]
+    W_jj = per_unit(jnp.diagonal(W_h)[:, None], J)
     return carried(leak, J, f_prime[..., None] * (W_jj * J + u[..., None, :]))
 
 

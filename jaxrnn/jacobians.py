@@ -14,7 +14,7 @@ from jaxrnn.activations import Activation, check_activation, tanh
 from jaxrnn.batches import check_input, check_sequence, check_state, steps_shape
 from jaxrnn.forward import hidden_states
 from jaxrnn.params import Params, as_leak, check_leak, check_params
-from jaxrnn.products import input_zs
+from jaxrnn.products import input_zs, per_unit
 from jaxrnn.recurrence import initial_state, previous
 
 
@@ -66,10 +66,12 @@ def state_jacobian(
 ) -> Array:
     """J at the states h (*batch, H), where z_x is W_x x + b_h."""
     z = z_x + h @ W_h.T
-    _, f_prime = jax.jvp(activation.f, (z,), (jnp.ones_like(z),))
-    identity = jnp.eye(h.shape[-1], dtype=W_h.dtype)
-    J: Array = f_prime[..., None] * W_h  # diag(f') W_h
-    return J if leak is None else (1 - leak) * identity + jnp.atleast_1d(leak)[:, None] * J
+    f_prime = jax.jvp(activation.f, (z,), (jnp.ones_like(z),))[1][..., None]
+    J: Array = f_prime * per_unit(W_h, f_prime)  # diag(f') W_h
+    if leak is None:
+        return J
+    alpha = per_unit(jnp.atleast_1d(leak)[:, None], J)
+    return (1 - alpha) * per_unit(jnp.eye(h.shape[-1], dtype=W_h.dtype), J) + alpha * J
 
 
 def check_factorised_dtype(params: Params) -> None:

@@ -73,5 +73,5 @@ def add_bias(products: Array, b: Array) -> Array:
 
 
 def per_unit(v: Array, hs: Array) -> Array:
-    """v (H,) or () with leading axes of size 1, so that it broadcasts over hs by strict rules."""
-    return v if v.ndim == 0 else v.reshape((1,) * (hs.ndim - 1) + v.shape)
+    """v with leading axes of size 1, so that it broadcasts over hs by strict rules."""
+    return v if v.ndim == 0 else v.reshape((1,) * (hs.ndim - v.ndim) + v.shape)

@@ -14,11 +14,11 @@ from tests.recipe_cases import draw, network
 from tests.test_equilibria import units
 
 FAULTS = {
-    "1 - alpha forgotten in J": ("(1 - leak) * identity + jnp", "jnp"),
-    "alpha forgotten in J": ("jnp.atleast_1d(leak)[:, None] * J", "J"),
-    "1 - alpha of another unit": ("(1 - leak) * identity +", "(1 - leak[::-1]) * identity +"),
-    "f' forgotten": ("f_prime[..., None] * W_h", "W_h + 0 * f_prime[..., None]"),
-    "f' of the column": ("f_prime[..., None] * W_h", "f_prime[..., None, :] * W_h"),
+    "1 - alpha forgotten in J": ("return (1 - alpha) * per_unit(", "return 0 * per_unit("),
+    "alpha forgotten in J": ("J) + alpha * J", "J) + J"),
+    "1 - alpha of another unit": ("return (1 - alpha) *", "return (1 - alpha[..., ::-1, :]) *"),
+    "f' forgotten": ("= f_prime * per_unit(W_h", "= f_prime**0 * per_unit(W_h"),
+    "f' of the column": ("= f_prime * per_unit(W_h", "= f_prime.swapaxes(-1, -2) * per_unit(W_h"),
     "W_h transposed in z": ("z = z_x + h @ W_h.T", "z = z_x + h @ W_h"),
     "leak forgotten in r": ("leaky(leak, h, activation", "leaky(None, h, activation"),
     "half of q forgotten": ("(r * r).sum(axis=-1) / 2", "(r * r).sum(axis=-1)"),
@@ -26,7 +26,7 @@ FAULTS = {
                          "A = -state_jacobian("),
     "uphill": ("newton = -jnp", "newton = jnp"),
     "A transposed in the gradient": ("gradient = A.T @ r", "gradient = A @ r"),
-    "no descent step": ("[sizes * newton, sizes * descent]", "[sizes * newton, sizes * newton]"),
+    "no descent step": ("sizes * descent[None]", "sizes * newton[None]"),
     "no smaller steps": ("0.5 ** np.arange(10)", "0.5 ** np.arange(1)"),
     "the smallest step first": ("0.5 ** np.arange(10)", "0.5 ** np.arange(10)[::-1]"),
     "every step is taken": ("< q + SUFFICIENT * predicted", "< jnp.inf"),

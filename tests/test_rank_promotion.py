@@ -57,6 +57,23 @@ def test_gradients_and_states(xs, leak, activation, params):
     assert tangents.shape == (T, B, O)
 
 
+@pytest.mark.parametrize("leak", [None, 0.5, LEAK], ids=["no-leak", "leak", "leaks"])
+def test_dynamics_curvature_and_online_learning(leak, params):
+    key, batch, x = jax.random.key(1), full(), XS[0]
+    by_theta = jaxrnn.reparametrized(partial(jaxrnn.bptt, leak=leak), lambda theta: theta)
+    results = [
+        jaxrnn.fixed_points(params, jnp.ones((6, H)), x[0], leak=leak),
+        jaxrnn.jacobian(params, jnp.ones((B, H)), x, leak=leak),
+        jaxrnn.lyapunov_exponents(params, XS, leak=leak),
+        jaxrnn.gauss_newton_product(params, batch, params, leak=leak),
+        jaxrnn.rtrl(params, batch, leak=leak),
+        jaxrnn.snap1(params, batch, leak=leak),
+        jaxrnn.uoro(params, batch, leak=leak, key=key),
+        by_theta(params, batch),
+    ]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
+
+
 @pytest.mark.parametrize("loss", ["squared_error", "binary_cross_entropy", "cross_entropy"])
 def test_losses(loss, params):
     batch, loss = full(targets=np.full((T, B, O), 0.5, np.float32)), getattr(jaxrnn, loss)
