@@ -157,12 +157,13 @@ class Leader(Run):
         self.step = int(self.step)
         return state
 
-    def _agree(self, due: bool) -> bool:
-        flags = np.array([due, self._signal or 0], np.int32)
+    def _agree(
+        self, due: bool, number: signal.Signals | None
+    ) -> tuple[bool, signal.Signals | None]:
+        flags = np.array([due, number or 0], np.int32)
         flags = np.asarray(multihost_utils.process_allgather(flags))
-        if number := flags[:, 1].max():
-            self._signal = signal.Signals(number)
-        return bool(flags[0, 0])
+        number = signal.Signals(flags[:, 1].max()) if flags[:, 1].any() else None
+        return bool(flags[0, 0]), number
 
 
 class Follower(Leader):
@@ -181,6 +182,6 @@ class Follower(Leader):
     def _save(self, state: TrainState) -> None:
         to_arrays(state)  # the leader reads the shares of all processes
 
-    def _stop_if_signalled(self) -> None:
-        if self._signal:
-            raise Stopped(self._signal, f"stopped after step {self.step} with process 0")
+    def _stop_if(self, number: signal.Signals | None) -> None:
+        if number:
+            raise Stopped(number, f"stopped after step {self.step} with process 0")

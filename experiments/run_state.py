@@ -208,7 +208,7 @@ class Run:
             signal.signal(number, handler)
         self._metrics.close()
         if error_type is None:
-            self._stop_if_signalled()
+            self._stop_if(self._signal)
 
     def _on_signal(self, number, _):
         self._signal = signal.Signals(number)
@@ -257,20 +257,23 @@ class Run:
             due = time.monotonic() - self._saved >= SAVE_EVERY
         else:
             due = self.step % self.every_steps == 0
-        due = self._agree(due)
-        if (due or last or self._signal) and state.skipped == 0:
+        # A signal that comes from here on waits for the next step.
+        due, number = self._agree(due, self._signal)
+        if (due or last or number) and state.skipped == 0:
             self._save(state)
-        self._stop_if_signalled()
+        self._stop_if(number)
 
-    def _agree(self, due: bool) -> bool:
-        """Whether a checkpoint is due. Over several processes, they agree on it and on a signal."""
-        return due
+    def _agree(
+        self, due: bool, number: signal.Signals | None
+    ) -> tuple[bool, signal.Signals | None]:
+        """Whether a checkpoint is due, and the signal: the same in all processes of a run."""
+        return due, number
 
-    def _stop_if_signalled(self) -> None:
-        if self._signal:
+    def _stop_if(self, number: signal.Signals | None) -> None:
+        if number:
             saved = checkpoints.saved_steps(self.folder)[-1]
             raise Stopped(
-                self._signal,
+                number,
                 f"stopped after step {self.step}, saved at step {saved} in {self.folder}; "
                 "--resume continues",
             )

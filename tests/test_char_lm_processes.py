@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import char_lm
-from tests.char_lm_runs import SIZES
+from experiments import char_lm, run_state
+from tests.char_lm_runs import SIZES, train
 from tests.conftest import FAST_COMPILATION
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,24 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(
     assert len(metrics(tmp_path)) == saved + 3
 
 
-@pytest.mark.thorough
+@pytest.mark.usefixtures("usual_signals")
+def test_a_signal_after_the_processes_have_agreed_waits_for_the_next_step(
+    text, tmp_path, monkeypatch, capsys
+):
+    """Else one process would save, or stop, while the others wait for it in the next update."""
+    agree = run_state.Run._agree
+
+    def agree_before_the_signal(run, *arguments):
+        agreed = agree(run, *arguments)
+        if run.step == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(run_state.Run, "_agree", agree_before_the_signal)
+    assert train(text, tmp_path / "out") == 143
+    assert "SIGTERM: stopped after step 9, saved at step 9" in capsys.readouterr().err
+
+
 def test_a_signal_to_one_process_stops_all_after_saving(text, tmp_path, of_one_process):
     processes = start(2, text, tmp_path, "--steps", "100000")
     path = tmp_path / "metrics.jsonl"
