@@ -55,7 +55,7 @@ from jaxrnn.epochs import shuffled_epoch
 class Config:
     """Accuracy in perceptual decisions and in tasks of Yang et al., with and without Dale's law."""
 
-    tasks: tuple[str, ...] = ("go", "rtgo", "dlygo", "anti", "rtanti", "dlyanti", "dm1", "ctxdm1")
+    tasks: tuple[str, ...] = ("go", "rtgo", "dlygo", "anti", "rtanti", "dlyanti", "dms", "dnms")
     """Tasks of yang19 that one network learns."""
     hidden_size: int = 96
     """Hidden units, H."""
