@@ -89,6 +89,7 @@ class Config:
     def __post_init__(self):
         cli.expect_at_least(1, self, "epochs", "hidden_size", "batch_size", "window", "seeds")
         cli.expect_positive(self, "learning_rates", "radius", "clip")
+        cli.expect_at_least(0, self, "regularizer")
         cli.expect_share(self, "dropout")
         cli.expect_seed(self)
 
@@ -111,10 +112,11 @@ def read(path: Path | None) -> dict[str, list[np.ndarray]]:
     return {name: [np.asarray(piece, np.uint8) for piece in part] for name, part in parts.items()}
 
 
-def lay_out(rng, pieces: list[np.ndarray], config: Config, windows: int = 0) -> Batch:
+def lay_out(rng, pieces: list[np.ndarray], config: Config) -> Batch:
     """Whole pieces, in random order, in streams of similar length: windows (windows, T, B, ...).
 
     The target of a step is the next step of its piece. The mask is False after the end of a stream.
+    The number of windows is the same for any order.
     """
     B, T, notes = config.batch_size, config.window, pieces[0].shape[1]
     streams: list[list[np.ndarray]] = [[] for _ in range(B)]
@@ -123,7 +125,7 @@ def lay_out(rng, pieces: list[np.ndarray], config: Config, windows: int = 0) -> 
         shortest = lengths.argmin()
         streams[shortest].append(pieces[n])
         lengths[shortest] += len(pieces[n]) - 1
-    windows = max(windows, -(-lengths.max() // T))
+    windows = -(-lengths.max() // T)
     xs, targets = np.zeros((2, windows * T, B, notes), np.uint8)
     mask, reset = np.zeros((2, windows * T, B), bool)
     for b, stream in enumerate(streams):
@@ -203,7 +205,7 @@ def init_states(config: Config, notes: int, optimizer) -> TrainState:
 def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):
     """Yields after each epoch the training, validation and test NLL of all seeds."""
     rngs = [np.random.default_rng((config.seed, n)) for n in range(config.seeds)]
-    windows = lay_out(rngs[0], pieces["train"], config).xs.shape[0] + 1
+    windows = len(lay_out(rngs[0], pieces["train"], config).xs)  # for any order of the pieces
     wide = dataclasses.replace(config, batch_size=16)
     valid, test = (lay_out(rngs[0], pieces[part], wide) for part in ("valid", "test"))
     evaluate = partial(mean_nll, activation=ACTIVATIONS[config.activation])
@@ -222,7 +224,7 @@ def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):
 
     state = shard_seeds(init_states(config, pieces["train"][0].shape[1], optimizer))
     for _ in range(config.epochs):
-        layouts = [lay_out(rng, pieces["train"], config, windows) for rng in rngs]
+        layouts = [lay_out(rng, pieces["train"], config) for rng in rngs]
         batches = shard_seeds(jax.tree.map(lambda *leaves: np.stack(leaves), *layouts))
         state, losses = run_epoch(state, batches)
         results = losses, evaluate(state.params, valid), evaluate(state.params, test)

@@ -100,6 +100,7 @@ def test_a_value_out_of_range_is_one_line_before_anything_else(
         ("mnist_1d", {"dropout": 1.0}, "--dropout: expected at least 0 and below 1, got 1.0"),
         ("mnist_1d", {"methods": ()}, "--methods: expected at least one value, got none"),
         ("polyphonic_music", {"learning_rates": (1.0, 1.0, -1.0)}, "--learning-rates: .* -1.0"),
+        ("polyphonic_music", {"regularizer": -0.1}, "--regularizer: expected at least 0, got -0.1"),
         ("polyphonic_music", {"seed": 2**32}, "--seed: expected .*, got 4294967296"),
         ("char_sweep", {"hidden_sizes": (4, 0)}, "--hidden-sizes: expected at least 1, got 0"),
         ("adding", {"regularizer": -1.0}, "--regularizer: expected at least 0, got -1.0"),

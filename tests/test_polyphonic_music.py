@@ -61,6 +61,9 @@ def test_pieces_are_laid_out_whole(music):
             assert (xs[at + 1 : end, b] == targets[at : end - 1, b]).all()
             found.append(np.concatenate([xs[at : at + 1, b], targets[at:end, b]]).tobytes())
     assert sorted(found) == sorted(roll.tobytes() for roll in rolls)
+    assert batches.mask.any(axis=(1, 2)).all()
+    for _ in range(20):
+        assert len(polyphonic_music.lay_out(rng, rolls, config).xs) == len(batches.xs)
 
     params = jaxrnn.init(jax.random.key(0), 88, 5, 88)
     sums, steps = 0.0, 0
