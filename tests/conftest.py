@@ -34,10 +34,13 @@ hypothesis.settings.load_profile("jaxrnn")
 
 
 def default_and_thorough(default, cases) -> list:
-    """The cases, of which those not in `default` are marked thorough."""
+    """The cases, of which those not in `default` are marked thorough; a tuple is several values."""
     assert set(default) <= set(cases)
-    thorough = pytest.mark.thorough
-    return [case if case in default else pytest.param(case, marks=thorough) for case in cases]
+    values = [case if type(case) is tuple else (case,) for case in cases]
+    return [
+        pytest.param(*value, marks=() if case in default else pytest.mark.thorough)
+        for case, value in zip(cases, values, strict=True)
+    ]
 
 
 def pytest_configure(config):

@@ -144,7 +144,13 @@ def test_nan_in_padding_changes_no_bit(checkpoint_every):
             assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize("activation", [*ACTIVATIONS.values(), Activation(jax.nn.gelu)])
+GELU = Activation(jax.nn.gelu)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    default_and_thorough([jaxrnn.tanh, GELU], [*ACTIVATIONS.values(), GELU]),
+)
 def test_nan_in_a_state_that_no_step_reads_changes_no_bit(activation):
     """Sequence 1 does not exist; sequence 2 begins with padding and then a reset."""
     case = random_case(
@@ -221,7 +227,7 @@ def test_bptt_calls_no_autodiff(monkeypatch):
     assert "jax.grad" not in inspect.getsource(backward.bptt).split('"""')[2]
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+@pytest.mark.parametrize("dtype", default_and_thorough([jnp.int8], [jnp.int8, jnp.uint8]))
 def test_tokens_of_8_bits_equal_tokens_of_32(dtype):
     """With more tokens than their dtype can count."""
     params = jaxrnn.init(jax.random.key(0), 300, 4, 2)

@@ -48,6 +48,7 @@ def test_a_baseline_is_measured_beside_the_present_version(tmp_path):
         assert memory[name] == memory[f"{name}, baseline"] > 0
 
 
+@pytest.mark.thorough
 def test_a_row_with_a_leak_is_measured_beside_the_plain_scan_with_one(tmp_path):
     number = next(n for n, (_, size) in enumerate(benchmark.ROWS) if size.leak and size.T == 256)
     assert benchmark.run(["--smoke", "--rows", str(number), "--out", str(tmp_path)]) == 0

@@ -1,6 +1,6 @@
 """The character model over real processes on one host: values, resuming, and a process that dies.
 
-The default is two processes; `JAXRNN_THOROUGH=1` adds four.
+The default is two processes, of which the second dies; `JAXRNN_THOROUGH=1` adds the rest.
 """
 
 import json
@@ -17,10 +17,9 @@ import pytest
 
 from experiments import char_lm, run_state
 from tests.char_lm_runs import SIZES, train
-from tests.conftest import FAST_COMPILATION
+from tests.conftest import FAST_COMPILATION, default_and_thorough
 
 ROOT = Path(__file__).parent.parent
-COUNTS = [2, pytest.param(4, marks=pytest.mark.thorough)]
 
 
 def start(count: int, text, out: Path, *flags: str) -> list[subprocess.Popen]:
@@ -64,7 +63,8 @@ def of_one_process(text, tmp_path_factory):
     return metrics(out)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.thorough
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_have_the_losses_and_gradients_of_one_which_they_continue(
     count, text, tmp_path, of_one_process
 ):
@@ -79,8 +79,9 @@ def test_processes_have_the_losses_and_gradients_of_one_which_they_continue(
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 20
 
 
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("count", "victim"), default_and_thorough([(2, 1)], [(2, 0), (2, 1), (4, 0), (4, 1)])
+)
 def test_a_process_that_dies_ends_the_others_and_the_run_resumes(
     count, victim, text, tmp_path, of_one_process
 ):
@@ -124,6 +125,7 @@ def test_a_signal_after_the_processes_have_agreed_waits_for_the_next_step(
     assert "SIGTERM: stopped after step 9, saved at step 9" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_signal_to_one_process_stops_all_after_saving(text, tmp_path, of_one_process):
     processes = start(2, text, tmp_path, "--steps", "100000")
     path = tmp_path / "metrics.jsonl"
@@ -138,6 +140,7 @@ def test_a_signal_to_one_process_stops_all_after_saving(text, tmp_path, of_one_p
     assert (tmp_path / f"checkpoint-{done}.npz").exists()
 
 
+@pytest.mark.thorough
 def test_processes_with_other_settings_are_refused(text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[::-1])

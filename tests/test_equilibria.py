@@ -10,6 +10,7 @@ import pytest
 import jaxrnn
 from jaxrnn import Params
 from jaxrnn.equilibria import FixedPoints, distinct, fixed_points, stability
+from tests.conftest import default_and_thorough
 from tests.recipe_cases import draw, network
 
 
@@ -88,7 +89,7 @@ def test_a_search_ends_at_the_precision_of_its_dtype():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "softplus"])
-@pytest.mark.parametrize("steps", [1, 2, 30])
+@pytest.mark.parametrize("steps", default_and_thorough([2], [1, 2, 30]))
 def test_the_speed_never_rises_and_tells_what_has_converged(activation, steps):
     f, starts = getattr(jaxrnn, activation), 3 * draw(1, 50, 6)
     params = network(0, 2, 6)._replace(W_h=jnp.asarray(3 * draw(2, 6, 6)))

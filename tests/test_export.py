@@ -1,5 +1,6 @@
 """`jax.export` with symbolic sizes: one exported function takes any T and B."""
 
+import itertools
 import subprocess
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from jax import export
 import jaxrnn
 from experiments.recipes import serving
 from jaxrnn import Activation, Batch
+from tests.conftest import default_and_thorough
 from tests.reference import relative_errors
 
 PARAMS = jaxrnn.init(jax.random.key(0), 3, 5, 2)
@@ -63,22 +65,29 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+CASES = {"all fields": {}, "tokens": {"tokens": True}, "fewest fields": {"options": False}}
+PAIRS = list(itertools.product(FUNCTIONS, CASES))
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"tokens": True}, {"options": False}],
-    ids=["all-fields", "tokens", "fewest-fields"],
+    ("name", "fields"),
+    default_and_thorough(
+        [pair for pair in PAIRS if pair[1] == "all fields"] + [("bptt", "tokens")], PAIRS
+    ),
 )
-def test_an_exported_function_takes_any_number_of_steps_and_sequences(name, options):
-    function = FUNCTIONS[name]
+def test_an_exported_function_takes_any_number_of_steps_and_sequences(name, fields):
+    function, options = FUNCTIONS[name], CASES[fields]
     call = exported(function, *arguments(2, 2, **options)).call
     for T, B in SIZES:
         case = arguments(T, B, **options)
         assert max(relative_errors(call(*case), jax.jit(function)(*case))) <= 1e-5
 
 
-@pytest.mark.parametrize("activation", [jaxrnn.relu, Activation(jax.nn.gelu)])
-@pytest.mark.parametrize("leak", [None, 0.5])
+GELU = Activation(jax.nn.gelu)
+KEYWORDS = [(jaxrnn.relu, None), (jaxrnn.relu, 0.5), (GELU, None), (GELU, 0.5)]
+
+
+@pytest.mark.parametrize(("activation", "leak"), default_and_thorough(KEYWORDS[::3], KEYWORDS))
 def test_activations_and_leaks_are_exported(activation, leak):
     function = partial(outputs, activation=activation, leak=leak)
     call = exported(function, *arguments(2, 2)).call

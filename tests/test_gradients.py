@@ -10,6 +10,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch, Params
+from tests.conftest import default_and_thorough
 from tests.reference import plain_loss, relative_errors
 
 I, H, O, R = 3, 6, 2, 2
@@ -56,7 +57,9 @@ def batch():
     return Batch(xs, (xs.sum(-1) > 0).astype(int))
 
 
-FORMS = pytest.mark.parametrize("to_params", [dale, sparse, low_rank, frozen, shared])
+FORMS = pytest.mark.parametrize(
+    "to_params", default_and_thorough([dale, low_rank], [dale, sparse, low_rank, frozen, shared])
+)
 
 
 @FORMS

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 from jaxrnn import Batch
-from tests.conftest import FAST_COMPILATION
+from tests.conftest import FAST_COMPILATION, default_and_thorough
 from tests.reference import plain_loss, random_case, relative_errors
 
 AGREEMENT = 1e-12
@@ -44,7 +44,7 @@ def mesh():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("given_h_0", [True, False])
+@pytest.mark.parametrize("given_h_0", default_and_thorough([True], [True, False]))
 @pytest.mark.parametrize(
     "gradient_fn",
     [jaxrnn.bptt, partial(jaxrnn.bptt, checkpoint_every=9), by_autodiff],
@@ -58,6 +58,7 @@ def test_eight_devices_give_the_value_and_gradient_of_one(gradient_fn, given_h_0
     assert max(relative_errors(parallel(params, batch, h_0), expected)) <= AGREEMENT
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_two_processes_give_the_value_and_gradient_of_one(tmp_path):
     """`fit` and `check_values` take arrays that span them, too; one process saves."""
@@ -155,8 +156,12 @@ def with_explicit_sharding():
     }
 
 
-@pytest.mark.parametrize("tokens", [False, True])
-@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    default_and_thorough(
+        [(True, False)], [(False, False), (False, True), (True, False), (True, True)]
+    ),
+)
 @pytest.mark.parametrize("name", with_explicit_sharding())
 def test_explicit_sharding_gives_the_same_results(name, options, tokens):
     """The batch is split over the mesh, and JAX propagates its sharding in the types."""

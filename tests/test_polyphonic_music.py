@@ -34,6 +34,7 @@ def test_the_test_nll_is_that_of_the_best_epoch_or_nan():
     np.testing.assert_equal(polyphonic_music.best_test_nll(rows), [1.5, 2.1, np.nan])
 
 
+@pytest.mark.thorough
 def test_results_of_diverged_networks_are_valid_json(music, tmp_path):
     rates = ["--optimizer", "sgd", "--learning-rates", "1e30", "1e30", "1e30"]
     out = tmp_path / "out"

@@ -1,5 +1,6 @@
 """With `jax_numpy_rank_promotion="raise"`, as strict projects set it, every function works."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Activation, Batch
+from tests.conftest import default_and_thorough
 
 T, B, I, H, O = 7, 4, 3, 5, 2
 XS = np.random.default_rng(0).standard_normal((T, B, I)).astype(np.float32)
@@ -35,12 +37,20 @@ def full(xs=XS, targets=LABELS):
     return Batch(xs, targets, MASK, ~MASK, weights, drive)
 
 
-@pytest.mark.parametrize("xs", [XS, LABELS], ids=["numbers", "tokens"])
-@pytest.mark.parametrize("leak", [None, 0.5, LEAK], ids=["no-leak", "leak", "leaks"])
-@pytest.mark.parametrize("activation", [jaxrnn.tanh, Activation(jax.nn.gelu)])
+INPUTS = {"numbers": XS, "tokens": LABELS}
+LEAKS = {"no leak": None, "leak": 0.5, "leaks": LEAK}
+ACTIVATIONS = {"tanh": jaxrnn.tanh, "gelu": Activation(jax.nn.gelu)}
+FEW = [("numbers", "no leak", "tanh"), ("tokens", "leak", "tanh"), ("numbers", "leaks", "gelu")]
+
+
+@pytest.mark.parametrize(
+    ("xs", "leak", "activation"),
+    default_and_thorough(FEW, list(itertools.product(INPUTS, LEAKS, ACTIVATIONS))),
+)
 def test_gradients_and_states(xs, leak, activation, params):
-    keywords = {"activation": activation, "leak": leak}
-    h_0, batch = jnp.ones((B, H)), full(xs)
+    keywords = {"activation": ACTIVATIONS[activation], "leak": LEAKS[leak]}
+    xs, h_0 = INPUTS[xs], jnp.ones((B, H))
+    batch = full(xs)
     gradients = jax.value_and_grad(partial(jaxrnn.sequence_loss, **keywords), (0, 2), has_aux=True)
     calls = [
         partial(jaxrnn.bptt, **keywords),
@@ -57,8 +67,9 @@ def test_gradients_and_states(xs, leak, activation, params):
     assert tangents.shape == (T, B, O)
 
 
-@pytest.mark.parametrize("leak", [None, 0.5, LEAK], ids=["no-leak", "leak", "leaks"])
+@pytest.mark.parametrize("leak", default_and_thorough(["no leak", "leaks"], LEAKS))
 def test_dynamics_curvature_and_online_learning(leak, params):
+    leak = LEAKS[leak]
     key, batch, x = jax.random.key(1), full(), XS[0]
     by_theta = jaxrnn.reparametrized(partial(jaxrnn.bptt, leak=leak), lambda theta: theta)
     results = [
@@ -94,8 +105,8 @@ def test_training(optimizer, params):
 
 def test_devices_and_padding(params):
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("batch",))
-    (value, _), _ = jaxrnn.data_parallel(jaxrnn.bptt, mesh)(params, full())
-    np.testing.assert_allclose(value, jaxrnn.bptt(params, full())[0][0], rtol=1e-6)
+    (value, _), _ = jax.jit(jaxrnn.data_parallel(jaxrnn.bptt, mesh))(params, full())
+    np.testing.assert_allclose(value, jax.jit(jaxrnn.bptt)(params, full())[0][0], rtol=1e-6)
     padded = jaxrnn.pad([Batch(XS[:n, 0], LABELS[:n, 0]) for n in (7, 3)])
     jaxrnn.check_values(params, padded)
     np.testing.assert_array_equal(jaxrnn.mask_from_lengths(jnp.array([7, 3]), T), padded.mask)

@@ -137,7 +137,17 @@ SCALARS = {
         decayed(p, jaxrnn.bptt(p, BATCH)[1]), BATCH)[0],
 }  # fmt: skip
 
-VARIATIONS = {"recurrent dropout", "training", "exponents", "free running", "unequal lengths"}
+VARIATIONS = {
+    "recurrent dropout",
+    "training",
+    "exponents",
+    "free running",
+    "unequal lengths",
+    "dropout",
+    "flow",
+    "documents",
+    "learned h_0",
+}
 """Compositions of functions that the others differentiate too."""
 
 

@@ -70,7 +70,7 @@ def test_noise_is_new_for_each_key_and_absent_without_one():
     params = jaxrnn.init(jax.random.key(0), 1, 6, 2)
     batch = jax.tree.map(jnp.asarray, labelled_batch(I=1))
     one, other, none = (
-        noise.gradient_fn(params, batch, key=key)[0][0].item()
+        jax.jit(noise.gradient_fn)(params, batch, key=key)[0][0].item()
         for key in (jax.random.key(1), jax.random.key(2), None)
     )
     assert len({one, other, none}) == 3

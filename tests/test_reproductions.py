@@ -44,7 +44,7 @@ def few_curves(monkeypatch):
     monkeypatch.setattr(data, "get_dataset_args", lambda: settings)
 
 
-@pytest.mark.parametrize("name", default_and_thorough(["copy_memory", "char_sweep"], NAMES))
+@pytest.mark.parametrize("name", default_and_thorough(["char_sweep"], NAMES))
 def test_every_experiment_runs_and_writes_its_files(name, tmp_path, music, capsys, request):
     if name == "mnist_1d":
         request.getfixturevalue("few_curves")
@@ -123,6 +123,7 @@ def test_nan_outputs_are_wrong(task):
     assert task.wrong(jnp.full((3, task.output_size), jnp.nan), target).all()
 
 
+@pytest.mark.thorough
 def test_a_skipped_update_counts_as_divergence():
     """NaN in every training batch; the initial parameters, which the updates keep, are finite."""
     config = adding.Config(**{**long_lag_tasks.SMOKE, "methods": ("tanh",)})
