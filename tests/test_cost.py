@@ -59,6 +59,12 @@ def test_no_one_hot_inputs_or_outputs_of_all_steps_are_stored():
     assert temporary(jaxrnn.bptt, T, **sizes) <= T * B * 1000 * 4 / 10
 
 
+@pytest.mark.parametrize("H", [256, 512])
+def test_many_dense_inputs_take_no_more_memory_than_the_plain_scan(H):
+    bptt, plain = (temporary(fn, 50, B=32, I=4096, H=H) for fn in (jaxrnn.bptt, by_plain_autodiff))
+    assert bptt <= plain
+
+
 @pytest.mark.parametrize(
     ("fn", "loops"),
     [
