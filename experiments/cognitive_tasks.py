@@ -67,7 +67,7 @@ class Config:
     """Standard deviation sigma of a unit's noise."""
     trials: int = 1_000
     """Training trials of each task of yang19."""
-    epochs: int = 40
+    epochs: int = 60
     """Passes over the training trials of yang19."""
     perceptual_trials: int = 200
     """Training trials of perceptual decision making, of each coherence and direction."""
