@@ -59,9 +59,9 @@ class Config:
     """Steps between the lags, t2 - t1."""
     windows: tuple[int, ...] = (2, 4, 8, 16)
     """Windows k of truncated backpropagation."""
-    updates: int = 40_000
+    updates: int = 20_000
     """Updates of each network; the time of so many by RTRL is the time for all methods."""
-    check_every: int = 2_000
+    check_every: int = 1_000
     """Updates between checks; the loss of a check is the mean over these updates."""
     hidden_size: int = 16
     """Hidden units, H."""
@@ -71,7 +71,7 @@ class Config:
     """Streams, B; an update is the mean over them."""
     learning_rate: float = 2e-3
     """Learning rate of Adam."""
-    seeds: int = 3
+    seeds: int = 4
     """Number of networks for each method and lag."""
     seed: int = 0
     """Seed of all random numbers."""
