@@ -40,10 +40,9 @@ def lags(rows: list[dict]) -> list[int]:
 def colors(names: list[str]) -> dict:
     """Blue to green for the windows, by length, and a colour of its own for every other method."""
     windows = [name for name in names if name.startswith("window")]
-    others = [name for name in names if name not in windows]
     shades = plt.cm.viridis(np.linspace(0.85, 0.15, len(windows)))
-    named = zip([*windows, *others], [*shades, "C1", "C4", "C3"], strict=True)
-    return dict(named)
+    others = {"SnAp-1": "C1", "UORO": "C4", "RTRL": "C3"}
+    return dict(zip(windows, shades, strict=True)) | {n: others[n] for n in names if n in others}
 
 
 def draw_levels(ax, levels: dict[str, float]):
