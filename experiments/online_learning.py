@@ -192,7 +192,9 @@ def make_training(config: Config, method: Method):
             return update(state, Batch(xs, target, weights=last_step(k, B)))
 
         state, metrics = lax.scan(update_on_step, state, jnp.arange(T))
-        return state, nan_if_skipped(metrics.loss.mean(), metrics.skipped)
+        results = metrics.loss.mean(), state.params
+        loss, params = nan_if_skipped(results, metrics.skipped)
+        return state._replace(params=params), loss
 
     return partial(init_network, config, method, optimizer), updates_and_check
 
