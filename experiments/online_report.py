@@ -45,14 +45,13 @@ def colors(names: list[str]) -> dict:
     return dict(zip(windows, shades, strict=True)) | {n: others[n] for n in names if n in others}
 
 
-def draw_levels(ax, levels: dict[str, float]):
-    """A line for what a network can know, with its name inside, at the right."""
+def draw_levels(axes, levels: dict[str, float]):
+    """A line for what a network can know, with its name at the right of the last panel."""
     for name, level in levels.items():
-        ax.axhline(level, color="black", linestyle="--", linewidth=0.8)
-        ax.annotate(
-            f"knows {name}", (0.99, level), xycoords=("axes fraction", "data"), fontsize=8,
-            xytext=(0, 2), textcoords="offset points", ha="right",
-        )  # fmt: skip
+        for ax in axes:
+            ax.axhline(level, color="black", linestyle="--", linewidth=0.8)
+        at = {"xycoords": ("axes fraction", "data"), "va": "center"}
+        axes[-1].annotate(f"knows\n{name}", (1.01, level), **at)
 
 
 def draw(rows: list[dict], levels: dict[str, float], updates: int, timed_lag: int):
@@ -61,7 +60,7 @@ def draw(rows: list[dict], levels: dict[str, float], updates: int, timed_lag: in
     against_lag, against_updates, against_seconds = axes
     names = costs(rows)
     for name, color in colors(list(names)).items():
-        style = {"color": color, "label": name, "linewidth": 2}
+        style = {"color": color, "label": name, "linewidth": 1.5}
         seeds = np.array([losses_after(rows, name, lag, updates) for lag in lags(rows)])
         against_lag.plot(lags(rows), seeds.mean(axis=1), marker="o", **style)
         against_lag.plot(lags(rows), seeds, ".", color=color, alpha=0.5)
@@ -72,10 +71,11 @@ def draw(rows: list[dict], levels: dict[str, float], updates: int, timed_lag: in
     against_lag.set(xlabel="first lag, t1", xticks=lags(rows), ylabel="cross-entropy, nats")
     against_lag.set_title(f"after {updates:,} updates")
     against_updates.set(xlabel="updates", title=f"t1 = {timed_lag}, at equal numbers of updates")
+    against_updates.xaxis.set_major_locator(plt.MaxNLocator(4))
     against_seconds.set(xlabel="seconds of one network", xscale="log")
     against_seconds.set_title(f"t1 = {timed_lag}, at equal times")
+    draw_levels(axes, levels)
     for ax in axes:
-        draw_levels(ax, levels)
         ax.grid(alpha=0.3)
     handles, labels = against_lag.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))

@@ -8,7 +8,7 @@ about T above it. Here tanh networks with Gaussian W_h of several gains read whi
     iterations and time against the exponent, for several H at one T
     iterations and time against T, at one H
 
-A run has succeeded if every state equals that of `hidden_states`, to 1e-4. Others end at the cap of
+A run has succeeded if every state equals that of `hidden_states`, to 1e-3. Others end at the cap of
 iterations, or find states that rounding has led elsewhere; they are drawn as open circles.
 
     python -m experiments.parallel_in_time --out runs/parallel_in_time
@@ -33,7 +33,7 @@ from experiments.reports import Report, mean_and_spread
 from jaxrnn.jacobians import lyapunov_exponents
 
 METHODS = {"full": full, "diagonal": diagonal}
-EQUAL = 1e-4
+EQUAL = 1e-3
 """The largest difference of a unit from `hidden_states` in a run that has succeeded."""
 
 
@@ -51,7 +51,7 @@ class Config:
     """Hidden units where T varies."""
     length: int = 1024
     """Steps where H varies."""
-    tolerance: float = 1e-5
+    tolerance: float = 3e-6
     """The largest |h_t - F(h_{t-1}, x_t)| of a unit of a state that is found."""
     max_iterations: int = 200
     """The cap of iterations."""
@@ -165,9 +165,18 @@ def draw_exponents(ax, rows: list[dict], config: Config):
                 ax.plot(*at, marker, color=color, markerfacecolor=face, alpha=0.8)
             ax.plot([], [], marker, color=color, label=f"{method}, H = {H}")
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(yscale="log", xlabel="largest Lyapunov exponent, nats per step", ylabel="iterations")
-    ax.set_title(f"T = {config.length}; open: not equal to unroll at the cap")
-    ax.legend(fontsize=8, loc="upper left")
+    ax.set(xlabel="largest Lyapunov exponent, nats per step")
+    ax.set_title(f"T = {config.length}; open: not equal to unroll")
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.93))
+
+
+def count_iterations(ax, config: Config):
+    """An axis of iterations, and the cap."""
+    ax.set(yscale="log", ylabel="iterations")
+    ticks = [n * 10**k for k in range(6) for n in (1, 2, 5) if n * 10**k < config.max_iterations]
+    ax.set_yticks([*ticks, config.max_iterations], [*map(str, ticks), "cap"])
+    ax.minorticks_off()
+    ax.axhline(config.max_iterations, color="black", linestyle=":")
 
 
 def draw_lengths(ax, rows: list[dict], config: Config, field: str):
@@ -182,9 +191,9 @@ def draw_lengths(ax, rows: list[dict], config: Config, field: str):
             for T, y, seeds in zip(lengths, medians, of_T, strict=True):
                 face = color if all(row["succeeded"] for row in seeds) else "white"
                 ax.plot(T, y, style[0], color=color, markerfacecolor=face)
-    ax.set(xscale="log", yscale="log", xlabel="steps, T", xticks=config.lengths)
+    ax.set(xscale="log", yscale="log", xlabel="steps, T")
     ax.set_xticks(config.lengths, [str(T) for T in config.lengths])
-    ax.minorticks_off()
+    ax.xaxis.minorticks_off()
 
 
 def draw(rows: list[dict], config: Config):
@@ -200,13 +209,15 @@ def draw(rows: list[dict], config: Config):
         for T in config.lengths
     ]
     axes[2].plot(config.lengths, sequential, "k", linewidth=3, label="unroll")
-    axes[1].set(ylabel="iterations", title=f"H = {config.hidden_size}; open: not equal to unroll")
+    axes[1].set_title(f"H = {config.hidden_size}; open: not equal to unroll")
+    count_iterations(axes[0], config)
+    count_iterations(axes[1], config)
     axes[2].set(ylabel="milliseconds", title=f"H = {config.hidden_size}, beside unroll (black)")
     for gain, color in colors(rows).items():
         axes[2].plot([], [], color=color, label=f"gain {gain:g}")
     for method, style in zip(METHODS, ("o-", "s--"), strict=True):
         axes[2].plot([], [], style, color="grey", label=method)
-    axes[2].legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     for ax in axes:
         ax.grid(alpha=0.3)
     return figure
