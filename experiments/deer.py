@@ -64,15 +64,17 @@ def deer(
 
     The step after a state that is found is not linearised: A_t = 0 and b_t = F(h_{t-1}, x_t). So
     each iteration finds at least one more state, whatever the linear systems do, and T iterations
-    find all. Where nearby trajectories separate, the products of many A_t overflow; states that are
-    not finite start again from 0.
+    find all. Where nearby trajectories separate, products of many A_t overflow: states that are not
+    finite start again from 0. There, states that solve their equations to the tolerance may be far
+    from those of `hidden_states`, because rounding grows too.
 
     Args:
       params: Params.
       xs: (T, *batch, I).
       h_0: (*batch, H).
       linear: `full` or `diagonal`.
-      tolerance: the largest |h_t - F(h_{t-1}, x_t)| of a unit of a state that is found.
+      tolerance: the largest |h_t - F(h_{t-1}, x_t)| of a unit of a state that is found; above the
+        rounding error of F.
       max_iterations: the cap. There, the states that are not `found` are wrong.
       options: `activation` and `leak`.
 
