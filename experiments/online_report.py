@@ -71,7 +71,7 @@ def draw(rows: list[dict], levels: dict[str, float], updates: int, timed_lag: in
     against_lag.set(xlabel="first lag, t1", xticks=lags(rows), ylabel="cross-entropy, nats")
     against_lag.set_title(f"after {updates:,} updates")
     against_updates.set(xlabel="updates", title=f"t1 = {timed_lag}, at equal numbers of updates")
-    against_updates.xaxis.set_major_locator(plt.MaxNLocator(4))
+    against_updates.locator_params("x", nbins=4)
     against_seconds.set(xlabel="seconds of one network", xscale="log")
     against_seconds.set_title(f"t1 = {timed_lag}, at equal times")
     draw_levels(axes, levels)
