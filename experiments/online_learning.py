@@ -255,7 +255,8 @@ def main(config: Config) -> dict:
     draw = partial(
         online_report.draw, levels=LEVELS, updates=config.updates, timed_lag=config.timed_lag
     )
-    return report.finish(summary, draw, microseconds=costs, seconds_for_all=seconds)
+    losses = {name: online_report.by_lag(report.rows, name, config.updates) for name in costs}
+    return report.finish(summary, draw, microseconds=costs, seconds_for_all=seconds, losses=losses)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.reports import mean_and_spread
+from experiments.reports import finite, mean_and_spread
 
 
 def checks(rows: list[dict], method: str, lag: int):
@@ -17,6 +17,11 @@ def losses_after(rows: list[dict], method: str, lag: int, updates: float) -> lis
     """The loss of each seed at the last check after at most so many updates, or at the first."""
     done, losses = checks(rows, method, lag)
     return losses[done <= max(updates, done[0])][-1].tolist()
+
+
+def by_lag(rows: list[dict], method: str, updates: int) -> dict[int, list[float | None]]:
+    """The losses of all seeds after so many updates, by first lag."""
+    return {lag: finite(losses_after(rows, method, lag, updates)) for lag in lags(rows)}
 
 
 def costs(rows: list[dict]) -> dict[str, float]:
@@ -85,6 +90,7 @@ def draw(rows: list[dict], levels: dict[str, float], updates: int, timed_lag: in
 def summarize(rows: list[dict], updates: int, timed_lag: int, seconds: float) -> str:
     """For each method: the time of an update, the loss at each lag, and the loss at equal times."""
     parts = []
+    orders = {row["method"]: row["cost"] for row in rows if "cost" in row}
     for name, microseconds in costs(rows).items():
         equal = [
             f"{mean_and_spread(losses_after(rows, name, lag, updates))} at t1 = {lag}"
@@ -92,7 +98,7 @@ def summarize(rows: list[dict], updates: int, timed_lag: int, seconds: float) ->
         ]
         in_seconds = losses_after(rows, name, timed_lag, affordable(seconds, microseconds))
         parts.append(
-            f"{name}: {microseconds:.0f} µs per update, {', '.join(equal)}, and in the time of "
-            f"RTRL {mean_and_spread(in_seconds)} at t1 = {timed_lag}"
+            f"{name}, O(B {orders[name]}): {microseconds:.0f} µs per update, {', '.join(equal)}, "
+            f"and in the time of RTRL {mean_and_spread(in_seconds)} at t1 = {timed_lag}"
         )
     return f"cross-entropy after {updates} updates: {'; '.join(parts)}"

@@ -1,7 +1,9 @@
 """Online learning on addition: its streams, its levels, its updates, and what it reports."""
 
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from tests.recipe_cases import draw, network
 from tests.reference import relative_errors
 
 LAGS = 2, 5
+STORED = Path(online_learning.__file__).parent / "results" / "online_learning.json"
 
 
 def config(**changed):
@@ -180,13 +183,24 @@ def test_the_summary_compares_equal_updates_and_equal_times():
     assert online_report.losses_after(ROWS, "window 2", 3, 1) == [0.6, 0.7]
     summary = online_report.summarize(ROWS[:3] + ROWS[4:], 10, 3, seconds=0.001)
     assert summary == (
-        "cross-entropy after 10 updates: window 2: 50 µs per update, 0.650 ± 0.071 at t1 = 3, and "
-        "in the time of RTRL 0.650 ± 0.071 at t1 = 3; RTRL: 100 µs per update, 0.400 ± 0.000 at "
-        "t1 = 3, and in the time of RTRL 0.400 ± 0.000 at t1 = 3"
+        "cross-entropy after 10 updates: window 2, O(B k H N): 50 µs per update, 0.650 ± 0.071 at "
+        "t1 = 3, and in the time of RTRL 0.650 ± 0.071 at t1 = 3; RTRL, O(B H^3 N): 100 µs per "
+        "update, 0.400 ± 0.000 at t1 = 3, and in the time of RTRL 0.400 ± 0.000 at t1 = 3"
     )
     longer = [*ROWS[:3], {**ROWS[3], "losses": [0.5, 0.5]}, ROWS[4]]
     assert "in the time of RTRL 0.500 ± 0.000" in online_report.summarize(longer, 10, 3, 0.001)
     assert "0.650 ± 0.071 at t1 = 3, and" in online_report.summarize(longer, 10, 3, 0.001)
+
+
+def test_in_the_stored_results_RTRL_learns_where_windows_do_not_reach():
+    summary = json.loads(STORED.read_text())
+    settings, losses = summary["settings"], summary["figures"]["losses"]
+    assert settings["seeds"] >= 3
+    for lag in settings["lags"]:
+        assert np.mean(losses["RTRL"][str(lag)]) < 0.47
+        for k in settings["windows"]:
+            if k <= lag:  # the window does not hold x_{t - t1}
+                assert np.mean(losses[f"window {k}"][str(lag)]) > 0.5
 
 
 def test_a_loss_that_is_missing_is_drawn_as_a_gap():
