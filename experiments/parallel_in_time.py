@@ -268,7 +268,13 @@ def main(config: Config) -> dict:
             bar.set_description(f"H {H}, T {T}")
             measure(config, report, H, T)
     drawn = partial(draw, config=config)
-    return report.finish(summarize(config, report.rows), drawn, speeds=speeds(report.rows))
+    figures = {
+        "speeds": speeds(report.rows),
+        "largest_error": max((r["error"] for r in report.rows if r.get("succeeded")), default=None),
+        "succeeded": sum(row.get("succeeded", False) for row in report.rows),
+        "runs": sum("succeeded" in row for row in report.rows),
+    }
+    return report.finish(summarize(config, report.rows), drawn, **figures)
 
 
 def run(arguments: list[str] | None = None) -> int:
