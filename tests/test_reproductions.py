@@ -32,6 +32,8 @@ NAMES = [
     "flip_flop",
     "reservoir",
     "cognitive_tasks",
+    "online_learning",
+    "parallel_in_time",
 ]
 
 
