@@ -135,7 +135,7 @@ def lay_out(rng, pieces: list[np.ndarray], config: Config) -> Batch:
             xs[at:end, b], targets[at:end, b] = piece[:-1], piece[1:]
             mask[at:end, b], reset[at, b] = True, True
             at = end
-    flat = Batch(xs, targets, mask, reset)  # type: ignore[arg-type]
+    flat = Batch(xs, targets, mask, reset)
     return jax.tree.map(lambda leaf: leaf.reshape(windows, T, *leaf.shape[1:]), flat)
 
 

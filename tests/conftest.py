@@ -33,13 +33,18 @@ hypothesis.settings.register_profile("jaxrnn", deadline=None, derandomize=True, 
 hypothesis.settings.load_profile("jaxrnn")
 
 
-def default_and_thorough(default, cases) -> list:
-    """The cases, of which those not in `default` are marked thorough; a tuple is several values."""
+def default_and_thorough(default, cases, *, unpack=False) -> list:
+    """The cases, of which those not in `default` are marked thorough.
+
+    With `unpack`, a case has a value for each of several names.
+    """
     assert set(default) <= set(cases)
-    values = [case if type(case) is tuple else (case,) for case in cases]
     return [
-        pytest.param(*value, marks=() if case in default else pytest.mark.thorough)
-        for case, value in zip(cases, values, strict=True)
+        pytest.param(
+            *(case if unpack else (case,)),
+            marks=() if case in default else pytest.mark.thorough,
+        )
+        for case in cases
     ]
 
 

@@ -80,7 +80,8 @@ def test_processes_have_the_losses_and_gradients_of_one_which_they_continue(
 
 
 @pytest.mark.parametrize(
-    ("count", "victim"), default_and_thorough([(2, 1)], [(2, 0), (2, 1), (4, 0), (4, 1)])
+    ("count", "victim"),
+    default_and_thorough([(2, 1)], [(2, 0), (2, 1), (4, 0), (4, 1)], unpack=True),
 )
 def test_a_process_that_dies_ends_the_others_and_the_run_resumes(
     count, victim, text, tmp_path, of_one_process

@@ -72,7 +72,9 @@ PAIRS = list(itertools.product(FUNCTIONS, CASES))
 @pytest.mark.parametrize(
     ("name", "fields"),
     default_and_thorough(
-        [pair for pair in PAIRS if pair[1] == "all fields"] + [("bptt", "tokens")], PAIRS
+        [pair for pair in PAIRS if pair[1] == "all fields"] + [("bptt", "tokens")],
+        PAIRS,
+        unpack=True,
     ),
 )
 def test_an_exported_function_takes_any_number_of_steps_and_sequences(name, fields):
@@ -87,7 +89,9 @@ GELU = Activation(jax.nn.gelu)
 KEYWORDS = [(jaxrnn.relu, None), (jaxrnn.relu, 0.5), (GELU, None), (GELU, 0.5)]
 
 
-@pytest.mark.parametrize(("activation", "leak"), default_and_thorough(KEYWORDS[::3], KEYWORDS))
+@pytest.mark.parametrize(
+    ("activation", "leak"), default_and_thorough(KEYWORDS[::3], KEYWORDS, unpack=True)
+)
 def test_activations_and_leaks_are_exported(activation, leak):
     function = partial(outputs, activation=activation, leak=leak)
     call = exported(function, *arguments(2, 2)).call

@@ -159,7 +159,7 @@ def with_explicit_sharding():
 @pytest.mark.parametrize(
     ("options", "tokens"),
     default_and_thorough(
-        [(True, False)], [(False, False), (False, True), (True, False), (True, True)]
+        [(True, False)], [(False, False), (False, True), (True, False), (True, True)], unpack=True
     ),
 )
 @pytest.mark.parametrize("name", with_explicit_sharding())

@@ -45,7 +45,7 @@ FEW = [("numbers", "no leak", "tanh"), ("tokens", "leak", "tanh"), ("numbers", "
 
 @pytest.mark.parametrize(
     ("xs", "leak", "activation"),
-    default_and_thorough(FEW, list(itertools.product(INPUTS, LEAKS, ACTIVATIONS))),
+    default_and_thorough(FEW, list(itertools.product(INPUTS, LEAKS, ACTIVATIONS)), unpack=True),
 )
 def test_gradients_and_states(xs, leak, activation, params):
     keywords = {"activation": ACTIVATIONS[activation], "leak": LEAKS[leak]}
