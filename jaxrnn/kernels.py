@@ -1,0 +1,205 @@
+"""The loops over time as one GPU kernel each, with W_h kept on the chip.
+
+    from jaxrnn import kernels
+    (value, h_T), grads = jaxrnn.bptt(params, batch, loop=kernels.loop)
+
+XLA launches a kernel for each product of each step, which for small H takes longer than the product
+(Diamos et al. 2016). Here each block of threads loads W_h once, takes 16 sequences and runs all of
+their steps; no block waits for another. The step is the same function that `recurrence.scan` runs.
+The scan stays where the kernel does not apply:
+
+- on another platform than CUDA, chosen when the program is compiled for it;
+- for H above 128 in float32 or 256 in bfloat16, where W_h does not fit, and for other dtypes;
+- for products that are to be more precise than TF32, XLA's default for float32;
+- for an activation other than tanh, ReLU, sigmoid and identity, or one that reads arrays;
+- for fewer than 16 steps, symbolic sizes or explicit sharding, and if JAX lacks the backend.
+
+The kernel is written in Pallas for its Triton backend. Pallas's interpreter and the lowering to
+Triton test it. It has not run on a GPU yet, so nothing is claimed of its speed, and it is off
+unless asked for.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AxisType
+
+from jaxrnn.recurrence import scan
+from jaxrnn.tiles import SEQUENCES, Network, in_pieces, with_flat_batch, with_whole_tiles
+
+Step: TypeAlias = Callable[..., tuple[Any, Any]]
+LARGEST_H = {"float32": 128, "bfloat16": 256}
+"""The units whose W_h fits the registers of one block of threads, by dtype."""
+
+FEWEST_STEPS = 16
+"""The least T for which a launch may save time."""
+
+PRIMITIVES = set(
+    "add sub mul max eq gt ne tanh logistic dot_general transpose select_n broadcast_in_dim "
+    "reshape squeeze convert_element_type jit pjit custom_jvp_call".split()
+)
+"""What a step may consist of. Triton has no more than some of JAX's primitives."""
+
+
+@functools.cache
+def pallas() -> tuple[ModuleType, ModuleType] | None:
+    """Pallas and its Triton backend, or None where JAX lacks them, as later versions will."""
+    try:
+        from jax.experimental import pallas
+        from jax.experimental.pallas import triton
+    except ImportError:
+        return None
+    return pallas, triton
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """The names of the primitives of a jaxpr and of the functions that it calls."""
+    found = {equation.primitive.name for equation in jaxpr.eqns}
+    called = [value for equation in jaxpr.eqns for value in equation.params.values()]
+    return found.union(*(primitives(value.jaxpr) for value in called if hasattr(value, "jaxpr")))
+
+
+def tile(network: Network, inputs: Any, H: int) -> tuple[Any, Any, Any]:
+    """The shapes of the arguments of a step, as a block of threads holds them."""
+    W_h, leak = network
+    shape = partial(jax.ShapeDtypeStruct, dtype=W_h.dtype)
+    flags = jax.ShapeDtypeStruct((SEQUENCES,), jnp.bool_)
+    hs = shape((SEQUENCES, H))
+    steps = jax.tree.map(lambda x: flags if x.dtype in (jnp.bool_, jnp.int32) else hs, inputs)
+    return (shape((H, H)), None if leak is None else shape((1, H))), hs, steps
+
+
+def fits(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
+    """Whether the kernel applies; the module's docstring says where it does not."""
+    W_h, H, leaves = network[0], carry.shape[-1], jax.tree.leaves((network, carry, inputs))
+    if pallas() is None or not all(isinstance(n, int) for leaf in leaves for n in leaf.shape):
+        return False
+    if not (
+        H <= LARGEST_H.get(W_h.dtype.name, 0)
+        and len(inputs[0]) >= FEWEST_STEPS
+        and carry.size > 0
+        and all(leaf.dtype in (W_h.dtype, jnp.bool_) for leaf in leaves)
+        and jax.config.jax_default_matmul_precision in (None, "default")
+        and AxisType.Explicit not in jax.typeof(carry).sharding.mesh.axis_types
+    ):
+        return False
+    traced = jax.make_jaxpr(step)(*tile(network, inputs, H))
+    return not traced.consts and primitives(traced.jaxpr) <= PRIMITIVES
+
+
+def loop(
+    step: Step,
+    network: Network,
+    carry: Array,
+    inputs: Any,
+    *,
+    reverse: bool = False,
+    interpret: bool = False,
+    num_warps: int | None = None,
+) -> tuple[Any, Any]:
+    """`recurrence.scan` as one GPU kernel where it applies, with the derivatives of the scan.
+
+    It is the argument `loop` of `hidden_states`, `unroll`, `sequence_loss` and `bptt`.
+
+    Args:
+      step, network, carry, inputs, reverse: as for `recurrence.scan`.
+      interpret: run the kernel by Pallas's interpreter, on any platform: slow, for tests.
+      num_warps: the threads of a block, divided by 32. None chooses.
+
+    Returns:
+      What `recurrence.scan` returns.
+
+    >>> import jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> xs = jnp.ones((20, 4, 3))
+    >>> h_T, hs = jaxrnn.hidden_states(params, xs, loop=partial(loop, interpret=True))
+    >>> bool(jnp.allclose(hs, jaxrnn.hidden_states(params, xs)[1], atol=1e-6))
+    True
+    """
+    plain = partial(scan, step, reverse=reverse)
+    if not fits(step, network, carry, inputs):
+        return plain(network, carry, inputs)
+    run = partial(launch, step, reverse=reverse, interpret=interpret, num_warps=num_warps)
+    kernel = with_flat_batch(with_whole_tiles(in_pieces(run, reverse=reverse)))
+
+    @jax.custom_jvp
+    def accelerated(network: Network, carry: Array, inputs: Any) -> tuple[Any, Any]:
+        if interpret:
+            return kernel(network, carry, inputs)
+        result: tuple[Any, Any] = lax.platform_dependent(
+            network, carry, inputs, cuda=kernel, default=plain
+        )
+        return result
+
+    @accelerated.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(plain, primals, tangents)
+
+    return accelerated(network, carry, inputs)
+
+
+def launch(
+    step: Step,
+    network: Network,
+    carry: Array,
+    inputs: Any,
+    *,
+    reverse: bool,
+    interpret: bool,
+    num_warps: int | None,
+) -> tuple[Any, Any]:
+    """All steps, in one kernel.
+
+    Args:
+      network: W_h (N, H, H) and alpha (N, 1, H) or None, of N networks.
+      carry: (N, B, H), B a multiple of 16 and H a power of 2.
+      inputs: (T, N, B, H) numbers, and flags (T, N, B) int32.
+    """
+    modules = pallas()
+    assert modules is not None
+    pl, triton = modules
+    (N, B, H), T = carry.shape, len(inputs[0])
+
+    def kernel(network: Any, carry: Any, inputs: Any, last: Any, outputs: Any) -> None:
+        """What a block of threads does; the arguments are references to memory."""
+        n, rows = pl.program_id(0), pl.ds(SEQUENCES * pl.program_id(1), SEQUENCES)
+        network = jax.tree.map(lambda ref: ref[n], network)
+
+        def body(k: Array, state: Any) -> Any:
+            carry, now = state
+            t = T - 1 - k if reverse else k
+            following = load(jnp.maximum(t - 1, 0) if reverse else jnp.minimum(t + 1, T - 1))
+            now = jax.tree.map(lambda x: x != 0 if x.dtype == jnp.int32 else x, now)
+            carry, output = step(network, carry, now)
+            jax.tree.map(lambda ref, x: ref.__setitem__((t, n, rows), x), outputs, output)
+            return carry, following
+
+        def load(t: Any) -> Any:
+            """The inputs of step t, one step before it needs them."""
+            return jax.tree.map(lambda ref: ref[t, n, rows], inputs)
+
+        state = carry[n, rows], load(T - 1 if reverse else 0)
+        last[n, rows], _ = lax.fori_loop(0, T, body, state)
+
+    axes = jax.typeof(carry).manual_axis_type
+    _, output = jax.eval_shape(step, *tile(jax.tree.map(lambda x: x[0], network), inputs, H))
+    outputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((T, N, B, H), x.dtype, manual_axis_type=axes), output
+    )
+    call = pl.pallas_call(
+        kernel,
+        grid=(N, B // SEQUENCES),
+        out_shape=(jax.ShapeDtypeStruct(carry.shape, carry.dtype, manual_axis_type=axes), outputs),
+        compiler_params=triton.CompilerParams(
+            num_warps=num_warps or (4 if H <= 64 else 8), num_stages=1
+        ),
+        interpret=interpret,
+    )
+    result: tuple[Any, Any] = call(network, carry, inputs)
+    return result
