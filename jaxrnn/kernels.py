@@ -23,7 +23,7 @@ import functools
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,12 @@ LARGEST_H = {"float32": 128, "bfloat16": 256}
 FEWEST_STEPS = 16
 """The least T for which a launch may save time."""
 
-PRIMITIVES = set(
-    "add sub mul max eq gt ne tanh logistic dot_general transpose select_n broadcast_in_dim "
-    "reshape squeeze convert_element_type jit pjit custom_jvp_call".split()
-)
-"""What a step may consist of. Triton has no more than some of JAX's primitives."""
+PRIMITIVES = {
+    *("add", "sub", "mul", "max", "ne", "tanh", "logistic", "select_n", "dot_general"),
+    *("transpose", "reshape", "broadcast_in_dim", "convert_element_type"),
+    *("reshard", "jit", "pjit", "custom_jvp_call"),
+}
+"""What a step may consist of; the backend lowers only some of JAX's primitives."""
 
 
 @functools.cache
@@ -65,14 +66,47 @@ def primitives(jaxpr: Any) -> set[str]:
     return found.union(*(primitives(value.jaxpr) for value in called if hasattr(value, "jaxpr")))
 
 
-def tile(network: Network, inputs: Any, H: int) -> tuple[Any, Any, Any]:
-    """The shapes of the arguments of a step, as a block of threads holds them."""
+class OnChip(NamedTuple):
+    """W_h as a block of threads holds it, to be read as `h @ W_h` and `h @ W_h.T`.
+
+    As on a tensor core, the factors of the product have the dtype of W_h and the sums are float32.
+    Everything else of a step is float32, since the backend has no tanh in bfloat16.
+    """
+
+    values: Array
+    transposed: bool
+
+    @property
+    def T(self) -> "OnChip":
+        return OnChip(self.values, not self.transposed)
+
+    def __rmatmul__(self, h: Array) -> Array:
+        W = self.values.T if self.transposed else self.values
+        return jnp.matmul(h.astype(W.dtype), W, preferred_element_type=jnp.float32)
+
+
+def step_on_chip(
+    step: Step, transposed: bool, network: Network, carry: Array, inputs: Any
+) -> tuple[Array, Any]:
+    """The step of 16 sequences, with flags as int32 and W_h perhaps transposed."""
     W_h, leak = network
-    shape = partial(jax.ShapeDtypeStruct, dtype=W_h.dtype)
-    flags = jax.ShapeDtypeStruct((SEQUENCES,), jnp.bool_)
-    hs = shape((SEQUENCES, H))
-    steps = jax.tree.map(lambda x: flags if x.dtype in (jnp.bool_, jnp.int32) else hs, inputs)
-    return (shape((H, H)), None if leak is None else shape((1, H))), hs, steps
+    leak = None if leak is None else leak.astype(jnp.float32)
+    inputs = jax.tree.map(
+        lambda x: x != 0 if x.dtype == jnp.int32 else x.astype(jnp.float32), inputs
+    )
+    result: tuple[Array, Any] = step((OnChip(W_h, transposed), leak), carry, inputs)
+    return result
+
+
+def tile(network: Network, inputs: Any, H: int) -> tuple[Any, Any, Any]:
+    """The shapes of the arguments of `step_on_chip`."""
+    W_h, leak = network
+    flags = jax.ShapeDtypeStruct((SEQUENCES,), jnp.int32)
+    h = jax.ShapeDtypeStruct((SEQUENCES, H), W_h.dtype)
+    row = None if leak is None else jax.ShapeDtypeStruct((1, H), W_h.dtype)
+    steps = jax.tree.map(lambda x: h if x.dtype == W_h.dtype else flags, inputs)
+    carry = jax.ShapeDtypeStruct(h.shape, jnp.float32)
+    return (jax.ShapeDtypeStruct((H, H), W_h.dtype), row), carry, steps
 
 
 def fits(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
@@ -80,16 +114,17 @@ def fits(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
     W_h, H, leaves = network[0], carry.shape[-1], jax.tree.leaves((network, carry, inputs))
     if pallas() is None or not all(isinstance(n, int) for leaf in leaves for n in leaf.shape):
         return False
+    config: Any = jax.config
     if not (
-        H <= LARGEST_H.get(W_h.dtype.name, 0)
+        LARGEST_H.get(W_h.dtype.name, 0) >= H
         and len(inputs[0]) >= FEWEST_STEPS
         and carry.size > 0
         and all(leaf.dtype in (W_h.dtype, jnp.bool_) for leaf in leaves)
-        and jax.config.jax_default_matmul_precision in (None, "default")
+        and config.jax_default_matmul_precision in (None, "default")
         and AxisType.Explicit not in jax.typeof(carry).sharding.mesh.axis_types
     ):
         return False
-    traced = jax.make_jaxpr(step)(*tile(network, inputs, H))
+    traced = jax.make_jaxpr(partial(step_on_chip, step, False))(*tile(network, inputs, H))
     return not traced.consts and primitives(traced.jaxpr) <= PRIMITIVES
 
 
@@ -165,6 +200,9 @@ def launch(
     assert modules is not None
     pl, triton = modules
     (N, B, H), T = carry.shape, len(inputs[0])
+    W_h, leak = network
+    # The backend reads the second factor of a product faster if it is stored transposed.
+    network = jnp.swapaxes(W_h, 1, 2) if reverse else W_h, leak
 
     def kernel(network: Any, carry: Any, inputs: Any, last: Any, outputs: Any) -> None:
         """What a block of threads does; the arguments are references to memory."""
@@ -175,27 +213,29 @@ def launch(
             carry, now = state
             t = T - 1 - k if reverse else k
             following = load(jnp.maximum(t - 1, 0) if reverse else jnp.minimum(t + 1, T - 1))
-            now = jax.tree.map(lambda x: x != 0 if x.dtype == jnp.int32 else x, now)
-            carry, output = step(network, carry, now)
-            jax.tree.map(lambda ref, x: ref.__setitem__((t, n, rows), x), outputs, output)
+            carry, output = step_on_chip(step, reverse, network, carry, now)
+            jax.tree.map(partial(store, (t, n, rows)), outputs, output)
             return carry, following
 
         def load(t: Any) -> Any:
             """The inputs of step t, one step before it needs them."""
             return jax.tree.map(lambda ref: ref[t, n, rows], inputs)
 
-        state = carry[n, rows], load(T - 1 if reverse else 0)
-        last[n, rows], _ = lax.fori_loop(0, T, body, state)
+        def store(index: Any, ref: Any, x: Array) -> None:
+            ref[index] = x.astype(ref.dtype)
 
-    axes = jax.typeof(carry).manual_axis_type
-    _, output = jax.eval_shape(step, *tile(jax.tree.map(lambda x: x[0], network), inputs, H))
-    outputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((T, N, B, H), x.dtype, manual_axis_type=axes), output
-    )
+        state = carry[n, rows].astype(jnp.float32), load(T - 1 if reverse else 0)
+        h, _ = lax.fori_loop(0, T, body, state)
+        store((n, rows), last, h)
+
+    like = partial(jax.ShapeDtypeStruct, dtype=carry.dtype)
+    like = partial(like, manual_axis_type=jax.typeof(carry).manual_axis_type)
+    _, output = jax.eval_shape(partial(step_on_chip, step, reverse), *tile(network, inputs, H))
+    outputs = jax.tree.map(lambda _: like((T, N, B, H)), output)
     call = pl.pallas_call(
         kernel,
         grid=(N, B // SEQUENCES),
-        out_shape=(jax.ShapeDtypeStruct(carry.shape, carry.dtype, manual_axis_type=axes), outputs),
+        out_shape=(like(carry.shape), outputs),
         compiler_params=triton.CompilerParams(
             num_warps=num_warps or (4 if H <= 64 else 8), num_stages=1
         ),

@@ -30,7 +30,6 @@ from jaxrnn.batches import Tree, per_step, steps_shape, where_exists
 from jaxrnn.params import Params
 from jaxrnn.products import input_product, per_unit
 
-
 Loop: TypeAlias = Callable[..., tuple[Any, Any]]
 """What runs a step for all steps; `scan` is the specification."""
 
@@ -251,7 +250,8 @@ def derivatives(
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def hoisted_recur(loop: Loop, activation: Activation, *arguments: Any) -> Array:
     """The states of `recur`, with a rule that takes the weight gradient out of the loop."""
-    hs, _ = recur(activation, *arguments, loop)
+    W_h, zs_x, h_0, leak, mask, reset = arguments
+    hs, _ = recur(activation, W_h, zs_x, h_0, leak, mask, reset, loop)
     return hs
 
 

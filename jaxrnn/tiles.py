@@ -39,9 +39,7 @@ def with_flat_batch(run: Run) -> Run:
         (W_h, leak), (*batch, H) = network, carry.shape
         B = math.prod(batch)
         row = None if leak is None else jnp.broadcast_to(leak.reshape(-1), (H,))[None, None]
-        flat = jax.tree.map(
-            lambda x: x.reshape(len(x), 1, B, *x.shape[1 + len(batch) :]), inputs
-        )
+        flat = jax.tree.map(lambda x: x.reshape(len(x), 1, B, *x.shape[1 + len(batch) :]), inputs)
         last, outputs = vmappable(run)((W_h[None], row), carry.reshape(1, B, H), flat)
         outputs = jax.tree.map(lambda x: x.reshape(len(x), *carry.shape), outputs)
         return last.reshape(carry.shape), outputs
@@ -101,7 +99,7 @@ def with_whole_tiles(run: Run) -> Run:
 
         network = padded(W_h, units, units), None if leak is None else padded(leak, units)
         last, outputs = run(network, whole(carry), jax.tree.map(whole, inputs))
-        return jax.tree.map(lambda x: x[..., :B, :H], (last, outputs))
+        return last[:, :B, :H], jax.tree.map(lambda x: x[..., :B, :H], outputs)
 
     return run_any
 
