@@ -14,9 +14,13 @@ The scan stays where the kernel does not apply:
 - for an activation other than tanh, ReLU, sigmoid and identity, or one that reads arrays;
 - for fewer than 16 steps, symbolic sizes or explicit sharding, and if JAX lacks the backend.
 
-The kernel is written in Pallas for its Triton backend. Pallas's interpreter and the lowering to
-Triton test it. It has not run on a GPU yet, so nothing is claimed of its speed, and it is off
-unless asked for.
+The kernel is written in Pallas for its Triton backend, which needs an NVIDIA GPU of compute
+capability 8.0 or later. Tests run it by Pallas's interpreter and lower it for CUDA. Nothing of it
+has been timed on a GPU yet, so it is off unless asked for; `experiments/kernel_check.py` does both
+on a GPU. `jax.export` writes it for one platform alone, with a check disabled:
+
+    check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    jax.export.export(fn, platforms=["cuda"], disabled_checks=[check])
 """
 
 import functools
@@ -34,8 +38,9 @@ from jaxrnn.recurrence import scan
 from jaxrnn.tiles import SEQUENCES, Network, in_pieces, with_flat_batch, with_whole_tiles
 
 Step: TypeAlias = Callable[..., tuple[Any, Any]]
+
 LARGEST_H = {"float32": 128, "bfloat16": 256}
-"""The units whose W_h fits the registers of one block of threads, by dtype."""
+"""The units whose W_h fits the memory of one block of threads, by dtype."""
 
 FEWEST_STEPS = 16
 """The least T for which a launch may save time."""
@@ -109,7 +114,7 @@ def tile(network: Network, inputs: Any, H: int) -> tuple[Any, Any, Any]:
     return (jax.ShapeDtypeStruct((H, H), W_h.dtype), row), carry, steps
 
 
-def fits(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
+def applies(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
     """Whether the kernel applies; the module's docstring says where it does not."""
     W_h, H, leaves = network[0], carry.shape[-1], jax.tree.leaves((network, carry, inputs))
     if pallas() is None or not all(isinstance(n, int) for leaf in leaves for n in leaf.shape):
@@ -158,7 +163,7 @@ def loop(
     True
     """
     plain = partial(scan, step, reverse=reverse)
-    if not fits(step, network, carry, inputs):
+    if not applies(step, network, carry, inputs):
         return plain(network, carry, inputs)
     run = partial(launch, step, reverse=reverse, interpret=interpret, num_warps=num_warps)
     kernel = with_flat_batch(with_whole_tiles(in_pieces(run, reverse=reverse)))
