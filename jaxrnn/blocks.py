@@ -28,7 +28,8 @@ def block_steps(params: Params, batch: Batch) -> int:
     O, H = params.W_y.shape
     I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
     B = max(1, math.prod(batch_axes))
-    K = min(512, max(1, 2**16 // (B * max(I, H, O)), 512 // B))
+    numbers = B * max(I, H, O)  # of a step, in the largest of its arrays
+    K = min(max(512, 2**12 // numbers), max(1, 2**16 // numbers, 512 // B))
     return T if 4 * T * H <= K * I else near_divisor(T, K)
 
 
