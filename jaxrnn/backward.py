@@ -183,6 +183,7 @@ def bptt(
     True
     """
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
+    checks.check_function("loop", loop)
     if checkpoint_every is not None:
         checks.check_size("checkpoint_every", checkpoint_every)
     h_0 = initial_state(params, batch.xs, h_0)

@@ -17,9 +17,9 @@ def block_steps(params: Params, batch: Batch) -> int:
     """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
 
     On a CPU, the arrays of a block fit the cache. Its products have about 512 rows, so that adding
-    the gradient of a block to the sums costs little in comparison; it has more than 512 steps only
-    if these are no more than 4,096 numbers. A GPU needs larger blocks. Each block copies its inputs;
-    if these are four times as large as all states, there is one block.
+    the gradient of a block to the sums costs little in comparison; more than 512 steps only if they
+    are at most 4,096 numbers. A GPU needs larger blocks. Each block copies its inputs; if these are
+    four times as large as all states, there is one block.
     """
     T, *batch_axes = steps_shape(batch.xs)
     if not all(isinstance(size, int) for size in (T, *batch_axes)):

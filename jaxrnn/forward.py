@@ -8,6 +8,7 @@ autodiff derives from it.
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, has_traced_values, tanh
 from jaxrnn.batches import (
     Batch,
@@ -123,6 +124,7 @@ def hidden_states(
     check_activation(activation, params.W_h.dtype)
     check_leak(leak, params)
     check_sequence(params, xs, h_0, drive, mask, reset)
+    checks.check_function("loop", loop)
     h_0 = initial_state(params, xs, h_0)
     zs_x = input_zs(params, xs, drive, mask)
     # The custom rule has no gradient for values closed over by the activation; autodiff does.

@@ -15,9 +15,10 @@ The scan stays where the kernel does not apply:
 - for fewer than 16 steps, symbolic sizes or explicit sharding, and if JAX lacks the backend.
 
 The kernel is written in Pallas for its Triton backend, which needs an NVIDIA GPU of compute
-capability 8.0 or later. Tests run it by Pallas's interpreter and lower it for CUDA. Nothing of it
-has been timed on a GPU yet, so it is off unless asked for; `experiments/kernel_check.py` does both
-on a GPU. `jax.export` writes it for one platform alone, with a check disabled:
+capability 8.0 or later; JAX 0.11 and later warn that they will drop it. The kernel is tested in
+Pallas's interpreter and lowered for CUDA. It has not been timed on a GPU yet, so it is off unless
+asked for; `experiments/kernel_check.py` checks and times it on one. `jax.export` writes it for one
+platform alone, with a check disabled:
 
     check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     jax.export.export(fn, platforms=["cuda"], disabled_checks=[check])
