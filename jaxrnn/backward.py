@@ -28,12 +28,14 @@ from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.products import input_zs, readout, replicated
 from jaxrnn.recurrence import (
+    Loop,
     derivatives,
     initial_state,
     match_varying_axes,
     previous,
     recur,
     reverse_scan,
+    scan,
 )
 
 
@@ -59,11 +61,16 @@ def bias_sum(d: Array, dtype: DTypeLike) -> Array:
 
 
 def block_states(
-    params: Params, block: Batch, h_0: Array, activation: Activation, leak: Array | None
+    params: Params,
+    block: Batch,
+    h_0: Array,
+    activation: Activation,
+    leak: Array | None,
+    loop: Loop = scan,
 ) -> tuple[Array, Array | None]:
     """The forward pass over a block from the state h_0 before it: h_t and f(z_t), as `recur`."""
     zs_x = input_zs(params, block.xs, block.drive, block.mask)
-    return recur(activation, params.W_h, zs_x, h_0, leak, block.mask, block.reset)
+    return recur(activation, params.W_h, zs_x, h_0, leak, block.mask, block.reset, loop)
 
 
 def block_zs(params: Params, block: Batch, h_0: Array, hs: Array) -> Array:
@@ -81,6 +88,7 @@ def block_flow(
     activation: Activation,
     leak: Array | None,
     loss: Loss,
+    loop: Loop = scan,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The first half of the backward pass over a block: the loss, dy_t, dh_t and dz_t.
 
@@ -93,6 +101,7 @@ def block_flow(
       activation: f.
       leak: alpha, or None.
       loss: g and its loss.
+      loop: what runs the steps.
 
     Returns:
       dh_next for the block before; the weighted sum of the losses; dys (K, *batch, O); dhs and dzs
@@ -109,7 +118,7 @@ def block_flow(
     dhs_y = dys @ params.W_y
     f_primes = derivatives(activation, leak, hs, fs, partial(block_zs, params, block, h_0, hs))
     dh_next, (dhs, dzs) = reverse_scan(
-        params.W_h, dh_next, dhs_y, f_primes, leak, block.mask, block.reset
+        params.W_h, dh_next, dhs_y, f_primes, leak, block.mask, block.reset, loop
     )
     return dh_next, value, dys, dhs, dzs
 
@@ -139,6 +148,7 @@ def bptt(
     leak: ArrayLike | None = None,
     loss: Loss = cross_entropy,
     checkpoint_every: int | None = None,
+    loop: Loop = scan,
 ) -> tuple[tuple[Array, Array], Params]:
     """The loss, the last state, and the gradient of the loss with respect to the parameters.
 
@@ -154,6 +164,8 @@ def bptt(
       loss: g and its loss.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
         forward pass, and memory proportional to T/K + K instead of T. None stores all states.
+      loop: what runs the steps, such as `kernels.loop`. With another than the default, all steps
+        are one block, unless `checkpoint_every` is given.
 
     Returns:
       (L, h_T), grads: a scalar in float32 at least, (*batch, H), and Params in the parameters'
@@ -171,6 +183,7 @@ def bptt(
     True
     """
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
+    checks.check_function("loop", loop)
     if checkpoint_every is not None:
         checks.check_size("checkpoint_every", checkpoint_every)
     h_0 = initial_state(params, batch.xs, h_0)
@@ -179,18 +192,22 @@ def bptt(
     T = batch.xs.shape[0]
     if T == 0:
         return (jnp.zeros((), dtype), h_0), jax.tree.map(jnp.zeros_like, params)
-    K = near_divisor(T, checkpoint_every) if checkpoint_every else block_steps(params, batch)
+    if checkpoint_every:
+        K = near_divisor(T, checkpoint_every)
+    else:
+        K = block_steps(params, batch) if loop is scan else T
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
-        states = block_states(params, block, h, activation, leak)
+        states = block_states(params, block, h, activation, leak, loop)
         return states[0][-1], (h, states if checkpoint_every is None else None)
 
     def backward(carry: Any, block: Batch, saved: Any) -> tuple[Any, None]:
         dh_next, sums = carry
         h, states = saved
-        states = block_states(params, block, h, activation, leak) if states is None else states
+        if states is None:
+            states = block_states(params, block, h, activation, leak, loop)
         dh_next, value, dys, _, dzs = block_flow(
-            params, block, h, states, dh_next, activation, leak, loss
+            params, block, h, states, dh_next, activation, leak, loss, loop
         )
         block_sums = value, block_gradient(params, block, h, states[0], dys, dzs)
         return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None

@@ -17,9 +17,10 @@ def block_steps(params: Params, batch: Batch) -> int:
     """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
 
     On a CPU, the arrays of a block fit the cache. Its products have about 512 rows, so that adding
-    the gradient of a block to the sums costs little in comparison. A GPU needs larger blocks. Each
-    block copies its inputs; if these are four times as large as all states, there is one block. So
-    there is if W_x is twice as large as all states, since each block copies its gradient.
+    the gradient of a block to the sums costs little in comparison; more than 512 steps only if they
+    are at most 4,096 numbers. A GPU needs larger blocks. Each block copies its inputs; if these are
+    four times as large as all states, there is one block. So there is if W_x is twice as large as
+    all states, since each block copies its gradient.
     """
     T, *batch_axes = steps_shape(batch.xs)
     if not all(isinstance(size, int) for size in (T, *batch_axes)):
@@ -29,7 +30,8 @@ def block_steps(params: Params, batch: Batch) -> int:
     O, H = params.W_y.shape
     I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
     B = max(1, math.prod(batch_axes))
-    K = min(512, max(1, 2**16 // (B * max(I, H, O)), 512 // B))
+    numbers = B * max(I, H, O)  # of a step, in the largest of its arrays
+    K = min(max(512, 2**12 // numbers), max(1, 2**16 // numbers, 512 // B))
     return T if 4 * T * H <= K * I or 2 * T * B <= I else near_divisor(T, K)
 
 

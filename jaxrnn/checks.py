@@ -65,6 +65,12 @@ def check_shape(name: str, x: Any, shape: Sequence[int], meaning: str) -> None:
         raise ValueError(f"{name}: expected shape {tuple(shape)} ({meaning}), got {x.shape}")
 
 
+def check_function(name: str, function: Any) -> None:
+    """Raises TypeError unless function can be called."""
+    if not callable(function):
+        raise TypeError(f"{name}: expected a function, got {function!r}")
+
+
 def check_size(name: str, size: Any, minimum: int = 1) -> None:
     """Raises TypeError or ValueError unless size is an integer of at least `minimum`."""
     if isinstance(size, bool) or not isinstance(size, int | np.integer):

@@ -8,6 +8,7 @@ autodiff derives from it.
 from jax import Array
 from jax.typing import ArrayLike
 
+from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, has_traced_values, tanh
 from jaxrnn.batches import (
     Batch,
@@ -21,7 +22,7 @@ from jaxrnn.batches import (
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, readout
-from jaxrnn.recurrence import hoisted_recur, initial_state, leaky, recur
+from jaxrnn.recurrence import Loop, hoisted_recur, initial_state, leaky, recur, scan
 
 
 def step(
@@ -86,6 +87,7 @@ def hidden_states(
     drive: Array | None = None,
     mask: Array | None = None,
     reset: Array | None = None,
+    loop: Loop = scan,
 ) -> tuple[Array, Array]:
     """The hidden states of all steps.
 
@@ -103,6 +105,7 @@ def hidden_states(
         drive are not read. If None, every step exists.
       reset: (T, *batch) bool, True where h_{t-1} is replaced by zeros before step t. Ignored where
         the mask is False. If None, there is no reset.
+      loop: what runs the steps, such as `kernels.loop`.
 
     Returns:
       h_T (*batch, H), the state after the last step that exists, and hs (T, *batch, H), zeros where
@@ -121,12 +124,13 @@ def hidden_states(
     check_activation(activation, params.W_h.dtype)
     check_leak(leak, params)
     check_sequence(params, xs, h_0, drive, mask, reset)
+    checks.check_function("loop", loop)
     h_0 = initial_state(params, xs, h_0)
     zs_x = input_zs(params, xs, drive, mask)
     # The custom rule has no gradient for values closed over by the activation; autodiff does.
     arguments = activation, params.W_h, zs_x, h_0, as_leak(params, leak), mask, reset
     traced = has_traced_values(activation, params.W_h.dtype)
-    hs = recur(*arguments)[0] if traced else hoisted_recur(*arguments)
+    hs = recur(*arguments, loop)[0] if traced else hoisted_recur(loop, *arguments)
     h_T = hs[-1] if hs.shape[0] else h_0
     return h_T, where_exists(mask, hs)
 
@@ -141,6 +145,7 @@ def unroll(
     drive: Array | None = None,
     mask: Array | None = None,
     reset: Array | None = None,
+    loop: Loop = scan,
 ) -> tuple[Array, Array]:
     """The outputs of all steps, before g.
 
@@ -161,7 +166,15 @@ def unroll(
     True
     """
     h_T, hs = hidden_states(
-        params, xs, h_0, activation=activation, leak=leak, drive=drive, mask=mask, reset=reset
+        params,
+        xs,
+        h_0,
+        activation=activation,
+        leak=leak,
+        drive=drive,
+        mask=mask,
+        reset=reset,
+        loop=loop,
     )
     return h_T, where_exists(mask, readout(params, hs))
 
@@ -174,6 +187,7 @@ def sequence_loss(
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
     loss: Loss = cross_entropy,
+    loop: Loop = scan,
 ) -> tuple[Array, Array]:
     """The mean loss over the steps that count, and the last state.
 
@@ -190,6 +204,7 @@ def sequence_loss(
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
       loss: g and its loss.
+      loop: what runs the steps, such as `kernels.loop`. Autodiff's loop back in time is a scan.
 
     Returns:
       L, a scalar, in float32 at least, and h_T (*batch, H).
@@ -214,5 +229,6 @@ def sequence_loss(
         drive=batch.drive,
         mask=batch.mask,
         reset=batch.reset,
+        loop=loop,
     )
     return mean_loss(readout(params, hs), batch, loss), h_T

@@ -61,8 +61,7 @@ def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree
     True
     """
     for name, function in (("gradient_fn", gradient_fn), ("to_params", to_params)):
-        if not callable(function):
-            raise TypeError(f"{name}: expected a function, got {function!r}")
+        checks.check_function(name, function)
 
     def gradient(theta: PyTree, batch: Any, h: PyTree = None, **keywords: Any) -> Any:
         params, pullback = jax.vjp(to_params, theta)

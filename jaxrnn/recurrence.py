@@ -11,11 +11,14 @@ With a leak alpha:
 Only the product with W_h is sequential. Every other product is taken for all steps at once, outside
 the loops. Where `mask` is False the state, or the gradient, passes the step unchanged; where
 `reset` is True nothing passes from step t-1 to step t. Each is left out where it is None.
+
+Both loops take their one step to a `Loop`, which runs it for all steps: `scan`, or another one
+that gives the same, such as `kernels.loop`.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +30,36 @@ from jaxrnn.batches import Tree, per_step, steps_shape, where_exists
 from jaxrnn.params import Params
 from jaxrnn.products import input_product, per_unit
 
+Loop: TypeAlias = Callable[..., tuple[Any, Any]]
+"""What runs a step for all steps; `scan` is the specification."""
+
 
 def scan_unroll() -> int:
     """Steps unrolled in the body of a loop over time. A GPU idles between two iterations."""
     return 8 if jax.default_backend() == "gpu" else 1
+
+
+def scan(
+    step: Callable[..., tuple[Any, Any]],
+    network: tuple[Array, Array | None],
+    carry: Array,
+    inputs: Any,
+    *,
+    reverse: bool = False,
+) -> tuple[Any, Any]:
+    """carry, outputs_t = step(network, carry, inputs_t) for each step, by `lax.scan`.
+
+    Args:
+      step: a pure function.
+      network: W_h (H, H) and alpha, or None, which all steps read.
+      carry: (*batch, H), what passes from step to step.
+      inputs: a pytree of (T, *batch, H) numbers and (T, *batch) flags.
+      reverse: from the last step to the first.
+
+    Returns:
+      The last carry, and the outputs of all steps, (T, *batch, H).
+    """
+    return lax.scan(partial(step, network), carry, inputs, reverse=reverse, unroll=scan_unroll())
 
 
 def hold(mask: Array | None, h_new: Array, h: Array) -> Array:
@@ -87,6 +116,7 @@ def recur(
     leak: Array | None,
     mask: Array | None,
     reset: Array | None,
+    loop: Loop = scan,
 ) -> tuple[Array, Array | None]:
     """The forward loop: h_t = (1 - alpha) h_{t-1} + alpha f(z_t), or f(z_t) without a leak.
 
@@ -98,13 +128,15 @@ def recur(
       leak: alpha, a scalar or (H,), or None.
       mask: (T, *batch) bool or None.
       reset: (T, *batch) bool or None.
+      loop: what runs the steps.
 
     Returns:
       hs, h_t after each step, (T, *batch, H), held where the mask is False; and fs, f(z_t) of each
       step, or None without a leak.
     """
 
-    def body(h: Array, inputs: Any) -> tuple[Array, tuple[Array, Array | None]]:
+    def step(network: Any, h: Array, inputs: Any) -> tuple[Array, tuple[Array, Array | None]]:
+        W_h, leak = network
         z_x, valid, reset_t = inputs
         h_before = unless_reset(reset_t, h)
         z = z_x + h_before @ W_h.T  # z_t = W_x x_t + b_h + W_h h_{t-1}
@@ -112,7 +144,7 @@ def recur(
         h = hold(valid, leaky(leak, h_before, f_z), h)  # h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
         return h, (h, None if leak is None else f_z)
 
-    hs, fs = lax.scan(body, h_0, (zs_x, mask, reset), unroll=scan_unroll())[1]
+    _, (hs, fs) = loop(step, (W_h, leak), h_0, (zs_x, mask, reset))
     return hs, fs
 
 
@@ -124,6 +156,7 @@ def reverse_scan(
     leak: Array | None,
     mask: Array | None,
     reset: Array | None,
+    loop: Loop = scan,
 ) -> tuple[Array, tuple[Array, Array]]:
     """The reverse loop: dh_t and dz_t of each step.
 
@@ -135,6 +168,7 @@ def reverse_scan(
       leak: alpha, a scalar or (H,), or None.
       mask: (T, *batch) bool or None.
       reset: (T, *batch) bool or None.
+      loop: what runs the steps.
 
     Returns:
       W_h^T dz_1 + (1 - alpha) dh_1, (*batch, H), and (dhs, dzs), each (T, *batch, H). XLA removes
@@ -143,7 +177,8 @@ def reverse_scan(
 
     leak = None if leak is None else per_unit(leak, dh_next)
 
-    def body(dh_next: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
+    def step(network: Any, dh_next: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
+        W_h, leak = network
         dh_y, f_prime, valid, reset_t = inputs
         dh = dh_y + dh_next  # dh_t = W_y^T dy_t + W_h^T dz_{t+1} + (1 - alpha) dh_{t+1}
         dz = where_exists(valid, f_prime * dh)  # dz_t = alpha f'(z_t) * dh_t
@@ -154,7 +189,7 @@ def reverse_scan(
         return dh_next, (dh, dz)
 
     inputs = dhs_y, f_primes, mask, reset
-    return lax.scan(body, dh_next, inputs, reverse=True, unroll=scan_unroll())
+    return loop(step, (W_h, leak), dh_next, inputs, reverse=True)
 
 
 def tangent_scan(
@@ -212,10 +247,11 @@ def derivatives(
     return f_primes if leak is None else per_unit(leak, f_primes) * f_primes
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def hoisted_recur(activation: Activation, *arguments: Any) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def hoisted_recur(loop: Loop, activation: Activation, *arguments: Any) -> Array:
     """The states of `recur`, with a rule that takes the weight gradient out of the loop."""
-    hs, _ = recur(activation, *arguments)
+    W_h, zs_x, h_0, leak, mask, reset = arguments
+    hs, _ = recur(activation, W_h, zs_x, h_0, leak, mask, reset, loop)
     return hs
 
 
@@ -225,7 +261,9 @@ def _instantiate(tangent: Any, primal: Array) -> Array:
     return array
 
 
-def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _hoisted_recur_jvp(
+    loop: Loop, activation: Activation, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
     """h_dot_t = (1 - alpha) h_dot_{t-1} + alpha f'(z_t) * (z_dot_t + W_h h_dot_{t-1})
 
     with z_dot_t of x_t, b_h and W_h_dot h_{t-1}, and alpha_dot (f(z_t) - h_{t-1}) added to h_dot_t.
@@ -236,7 +274,7 @@ def _hoisted_recur_jvp(activation: Activation, primals: Any, tangents: Any) -> t
     """
     W_h, zs_x, h_0, leak, mask, reset = primals
     W_h_dot, zs_x_dot, h_0_dot = map(_instantiate, tangents[:3], primals[:3])
-    hs = hoisted_recur(activation, *primals)
+    hs = hoisted_recur(loop, activation, *primals)
     hs_before = previous(hs, h_0, mask, reset)
     zs_dot = zs_x_dot + hs_before @ W_h_dot.T
 

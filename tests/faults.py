@@ -13,7 +13,7 @@ BACKWARD = {
     "W_y transposed": ("dhs_y = dys @ params.W_y", "dhs_y = dys @ params.W_y.T"),
     "dW_h transposed": ("outer_sum(dzs, hs_before, dtype)",
                         "outer_sum(dzs, hs_before, dtype).T"),
-    "forward in time": ("inputs, reverse=True, unroll", "inputs, unroll"),
+    "forward in time": ("dh_next, inputs, reverse=True)", "dh_next, inputs)"),
     "blocks forward in time": ("K, saved, reverse=True)", "K, saved)"),
     "no recurrence": ("dh = dh_y + dh_next", "dh = dh_y"),
     "no output error": ("dh = dh_y + dh_next", "dh = dh_next"),
@@ -52,8 +52,10 @@ BACKWARD = {
     "every block from the first state": (
         "h, states = saved\n", "h, states = saved\n        h = h_0\n"
     ),
-    "recomputed from a zero state": ("block, h, activation, leak) if states is None",
-                                     "block, h_0, activation, leak) if states is None"),
+    "recomputed from a zero state": (
+        "is None:\n            states = block_states(params, block, h,",
+        "is None:\n            states = block_states(params, block, h_0,",
+    ),
 }  # fmt: skip
 
 FORWARD = {
@@ -117,6 +119,28 @@ LEAK_TANGENT = {
     "h_{t-1} forgotten in the derivative by alpha": ("(fs - hs_before)", "fs"),
     "z without the recurrence": ("return zs_x + hs_before @ W_h.T", "return zs_x"),
     "f' read off h": ("activation.df(hs if fs is None else fs)", "activation.df(hs)"),
+}  # fmt: skip
+
+KERNEL = {
+    "reverse runs forward": ("t = T - 1 - k if reverse else k", "t = k"),
+    "a step's inputs late": ("else jnp.minimum(t + 1, T - 1))", "else t)"),
+    "a step's inputs late, in reverse": ("load(jnp.maximum(t - 1, 0) if", "load(t if"),
+    "first inputs of the wrong end": ("load(T - 1 if reverse else 0)", "load(0)"),
+    "every tile the first": ("SEQUENCES * pl.program_id(1)", "0 * pl.program_id(1)"),
+    "every network the first": ("lambda ref: ref[n], network", "lambda ref: ref[0], network"),
+    "W_h transposed": ("values.T if self.transposed", "values if self.transposed"),
+    "W_h transposed in memory": ("jnp.swapaxes(W_h, 1, 2) if reverse else W_h", "W_h"),
+    "flags inverted": ("x != 0 if", "x != 1 if"),
+    "the last state is the first": ("store((n, rows), last, h)",
+                                    "store((n, rows), last, carry[n, rows])"),
+    "no initial state": ("carry[n, rows].astype(jnp.float32)", "0.0 * carry[n, rows]"),
+    "pieces out of order": ("pieces, reverse=True)", "pieces)"),
+    "pieces not joined": ("carry, end = run_piece(carry, at_end)\n            carry, outputs",
+                          "_, end = run_piece(carry, at_end)\n            carry, outputs"),
+    "rest of another piece": ("lambda x: x[-rest:]", "lambda x: x[:rest]"),
+    "one leak for all units": ("jnp.broadcast_to(leak.reshape(-1), (H,))",
+                               "jnp.broadcast_to(leak.reshape(-1)[0], (H,))"),
+    "padding in front": ("(0, new - old)", "(new - old, 0)"),
 }  # fmt: skip
 
 UPDATE = {

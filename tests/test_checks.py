@@ -167,6 +167,12 @@ WRONG = {
     "weights for examples": (bptt(weights=zeros(B)), ValueError, r"weights: .*\(7, 4\).*\(4,\)"),
     "checkpoint every 0": (bptt(checkpoint_every=0), ValueError, r"checkpoint_every: .*got 0"),
     "checkpoint every 2.0": (bptt(checkpoint_every=2.0), TypeError, r"checkpoint_every: .*got 2.0"),
+    "loop of bptt": (
+        lambda: jaxrnn.bptt(PARAMS, BATCH, loop=True), TypeError, r"loop: .*function, got True"
+    ),
+    "loop of sequence_loss": (
+        sequence_loss(loop="kernel"), TypeError, r"loop: .*function, got 'kernel'"
+    ),
     "lengths of floats": (
         lambda: jaxrnn.mask_from_lengths(zeros(B), T), TypeError, r"lengths: .*got float32"
     ),

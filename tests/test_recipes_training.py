@@ -11,7 +11,14 @@ import pytest
 from tqdm import tqdm
 
 import jaxrnn
-from experiments.recipes import ensemble, mixed_precision, optimizers, progress, sweep
+from experiments.recipes import (
+    ensemble,
+    mixed_precision,
+    optimizers,
+    progress,
+    state_space,
+    sweep,
+)
 from tests.recipe_cases import labelled_batch, network, plain_training
 from tests.reference import relative_errors
 
@@ -126,3 +133,19 @@ def test_a_progress_bar_counts_epochs_and_ends_training_below_the_target():
     assert [loss < 0.5 for loss in losses] == [False] * (len(losses) - 1) + [True]
     assert bar.n == len(losses) < 50
     assert f"valid={losses[-1]:.3f}" in written.getvalue()
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_state_space_model_finds_the_poles_of_the_impulse_response():
+    """The oracle is NumPy: poles of order 2 satisfy g_t = a g_{t-1} + b g_{t-2} of the response."""
+    us, ys = state_space.record(jax.random.key(3), 120)
+    result = state_space.identify(jax.random.key(4), us, ys, order=2, updates=150)
+    impulse = jnp.zeros_like(us).at[0].set(1)
+    _, responses = jaxrnn.unroll(result.best, impulse, activation=jaxrnn.identity)
+    g = np.diff(np.asarray(responses)[:, 0])  # without the constant that the biases add
+    trend = np.stack([g[1:-1], g[:-2]], axis=1)
+    a, b = np.linalg.lstsq(trend[1:50], g[3:52])[0]
+    expected = 0.95 * np.exp([-0.3j, 0.3j])
+    assert result.history[-1].valid_loss < 1e-12
+    np.testing.assert_allclose(state_space.poles(result.best), expected, atol=1e-6)
+    np.testing.assert_allclose(np.sort_complex(np.roots([1, -a, -b])), expected, atol=1e-4)
