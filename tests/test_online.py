@@ -226,7 +226,7 @@ FAULTS = {
     "W_h transposed": ("(J @ W_h.T + direct)", "(J @ W_h + direct)"),
     "no recurrence": ("(J @ W_h.T + direct)", "direct"),
     "f' forgotten": ("f_prime[..., None, None, :] * (J", "(J"),
-    "1 - alpha forgotten": ("(1 - leak) * h_dot + h_dot_new", "h_dot_new"),
+    "1 - alpha forgotten": ("(1 - per_unit(leak, h_dot)) * h_dot + h_dot_new", "h_dot_new"),
     "h_t for h_{t-1}": ("augmented_input(params, x, h_before)",
                         "augmented_input(params, x, leaky(leak, h_before, f_z))"),
     "mask ignored in J": ("stream = jax.tree.map(partial(hold, now.mask), new, stream)",
