@@ -151,6 +151,7 @@ def test_bad_input_is_one_line(content, flags, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_training_on_two_devices_learns_the_same(text, tmp_path):
     losses = []
     for devices in ("1", "2"):

@@ -72,7 +72,7 @@ PAIRS = list(itertools.product(FUNCTIONS, CASES))
 @pytest.mark.parametrize(
     ("name", "fields"),
     default_and_thorough(
-        [pair for pair in PAIRS if pair[1] == "all fields"] + [("bptt", "tokens")],
+        [(name, "all fields") for name in ("unroll", "autodiff", "bptt")] + [("bptt", "tokens")],
         PAIRS,
         unpack=True,
     ),

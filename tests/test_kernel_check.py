@@ -22,6 +22,7 @@ def test_without_a_gpu_it_ends_with_one_line(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_the_interpreter_checks_the_values(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_check, "SMOKE_CLASSES", kernel_check.SMOKE_CLASSES[1:])
     assert kernel_check.run(["--smoke", "--interpret", "--out", str(tmp_path)]) == 0

@@ -45,7 +45,7 @@ def gradient_by(gradient_fn, case, **keywords):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough(range(5), range(20)))
+@pytest.mark.parametrize("structure", default_and_thorough(range(3), range(20)))
 def test_three_gradients_agree(structure, monkeypatch):
     """Six draws of all values for each structure: sizes, options, batch axes, blocks."""
     if structure % 2:
@@ -62,7 +62,7 @@ def test_three_gradients_agree(structure, monkeypatch):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough(range(4), range(12)))
+@pytest.mark.parametrize("structure", default_and_thorough(range(3), range(12)))
 def test_agrees_with_the_oracle_that_uses_no_autodiff(structure):
     case = draw(100 + structure, largest_T=6, largest_size=3)
     gradient = jax.jit(partial(jaxrnn.bptt, **case.keywords))

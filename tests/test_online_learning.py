@@ -147,6 +147,7 @@ def losses_of_training(name, updates):
     return losses
 
 
+@pytest.mark.thorough
 def test_a_window_learns_only_lags_that_it_spans():
     assert losses_of_training("window 2", 1500).min() > 0.53
     for name in ("window 4", "RTRL"):

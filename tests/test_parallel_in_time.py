@@ -150,12 +150,14 @@ def agrees(module) -> bool:
     return bool(solve(module, "full", *arguments, max_iterations=20).found.all())
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("fault", default_and_thorough(list(FAULTS)[::3], FAULTS), ids=str)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught(fault):
     assert not agrees(with_fault([deer_module], *FAULTS[fault])), "this fault would have passed"
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_without_a_fault_the_same_comparisons_pass():
     assert agrees(deer_module)

@@ -67,7 +67,7 @@ def test_gradients_and_states(xs, leak, activation, params):
     assert tangents.shape == (T, B, O)
 
 
-@pytest.mark.parametrize("leak", default_and_thorough(["no leak", "leaks"], LEAKS))
+@pytest.mark.parametrize("leak", default_and_thorough(["leaks"], LEAKS))
 def test_dynamics_curvature_and_online_learning(leak, params):
     leak = LEAKS[leak]
     key, batch, x = jax.random.key(1), full(), XS[0]

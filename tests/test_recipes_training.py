@@ -23,6 +23,7 @@ from tests.recipe_cases import labelled_batch, network, plain_training
 from tests.reference import relative_errors
 
 
+@pytest.mark.thorough
 def test_an_ensemble_on_two_devices_is_each_seed_alone():
     batch, keys = labelled_batch(), jax.random.split(jax.random.key(0), 4)
     train_all = jax.jit(partial(ensemble.train_all, batch, 4, devices=jax.devices()[:2]))
@@ -135,6 +136,7 @@ def test_a_progress_bar_counts_epochs_and_ends_training_below_the_target():
     assert f"valid={losses[-1]:.3f}" in written.getvalue()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_a_state_space_model_finds_the_poles_of_the_impulse_response():
     """The oracle is NumPy: poles of order 2 satisfy g_t = a g_{t-1} + b g_{t-2} of the response."""

@@ -178,6 +178,7 @@ def test_dropout_draws_a_mask_for_each_update_and_none_to_evaluate():
     np.testing.assert_allclose([row.valid_loss for row in result.history], without, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_dropout_on_two_devices_draws_other_masks_on_each():
     """Both devices get the same sequences, so only their masks can differ."""
     case = dropout_case()

@@ -88,6 +88,7 @@ def check_claims(notebook) -> None:
     assert one_device == pytest.approx(two_devices, rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_runs_and_prints_what_is_stored(stored, monkeypatch):
     executed = execute(monkeypatch)
     check_claims(executed)
