@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -13,9 +12,9 @@ class Iterates(NamedTuple):
     """Iterates of conjugate gradients, the last one included.
 
     Attributes:
-      xs: (S, P); those after `saved` are zeros.
+      xs: (S, P), from `saved` on without meaning.
       values: (S,), phi(x) of each.
-      saved: the number of iterates in `xs`; the last one is `xs[saved - 1]`.
+      saved: the number of iterates; the last one is `xs[saved - 1]`.
       steps: the number of steps, one product each.
     """
 
@@ -42,14 +41,32 @@ def conjugate_gradients(
     most: int,
     tolerance: float = 5e-4,
 ) -> Iterates:
-    """Minimises phi(x) = x^T A x / 2 - b^T x, that is, solves A x = b.
+    """Lowers phi(x) = x^T A x / 2 - b^T x step by step, towards the solution of A x = b.
 
-    Stops after step i if phi < 0 and the last k = max(10, i / 10) steps lowered phi by less than
-    the share k * tolerance of it (Martens 2010), or after `most` steps.
+        x <- x + alpha p        r <- r - alpha A p        alpha = r^T r / p^T A p
+        p <- r + beta p         beta = r^T r after / before
+
+    Stops at step i if phi < 0 and the last k = max(10, i / 10) steps lowered phi by less than
+    k * tolerance * |phi| (Martens 2010), or if r is down to rounding.
+
+    Args:
+      product: v (P,) -> A v; A is symmetric and positive definite.
+      b: (P,).
+      x_0: the start, (P,).
+      most: the most steps.
+      tolerance: the relative progress per step below which the steps stop.
+
+    Returns:
+      Iterates; x_0 alone if it is a solution.
+
+    >>> A = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+    >>> xs, values, saved, steps = conjugate_gradients(A.dot, jnp.ones(2), jnp.zeros(2), most=10)
+    >>> bool(jnp.allclose(A @ xs[saved - 1], jnp.ones(2)))
+    True
     """
     keep = jnp.zeros(most + 1, bool).at[saved_steps(most)].set(True)
     room = len(saved_steps(most)) + 1
-    steps = jnp.arange(most + 1)
+    rounding = jnp.finfo(b.dtype).eps ** 2 * jnp.vdot(b, b)
 
     def value(x, r):
         return -jnp.vdot(r + b, x) / 2  # A x = b - r
@@ -57,27 +74,25 @@ def conjugate_gradients(
     def go_on(carry):
         _, r, _, i, phis, _ = carry
         k = jnp.maximum(10, i // 10)
-        before = phis[jnp.maximum(i - k, 0)]
-        stalled = (i > k) & (phis[i] < 0) & (phis[i] - before > k * tolerance * phis[i])
-        return (i < most) & ~stalled & (jnp.vdot(r, r) > 0)
+        lowered = phis[jnp.maximum(i - k, 0)] - phis[i]
+        stalled = (i > k) & (phis[i] < 0) & (lowered < k * tolerance * -phis[i])
+        return (i < most) & ~stalled & (jnp.vdot(r, r) > rounding)
 
     def step(carry):
-        x, r, p, i, phis, kept = carry
-        Ap = product(p)
-        rr = jnp.vdot(r, r)
+        x, r, p, i, phis, (xs, values, saved) = carry
+        Ap, rr = product(p), jnp.vdot(r, r)
         alpha = rr / jnp.vdot(p, Ap)
         x, r = x + alpha * p, r - alpha * Ap
         p = r + jnp.vdot(r, r) / rr * p
         i = i + 1
-        phi = value(x, r)
-        phis = phis.at[i].set(phi)
-        xs, values, saved = kept
-        xs, values = xs.at[saved].set(x), values.at[saved].set(phi)  # overwritten unless kept
-        return x, r, p, i, phis, (xs, values, saved + keep[i])
+        phis = phis.at[i].set(value(x, r))
+        xs, values = xs.at[saved].set(x), values.at[saved].set(phis[i])
+        return x, r, p, i, phis, (xs, values, saved + keep[i])  # the next overwrites unless kept
 
     r = b - product(x_0)
-    phis = jnp.where(steps == 0, value(x_0, r), 0)
-    nothing = jnp.zeros((room, b.size), b.dtype), jnp.zeros(room, b.dtype), jnp.zeros((), int)
-    carry = x_0, r, r, jnp.zeros((), int), phis, nothing
-    *_, i, phis, (xs, values, saved) = lax.while_loop(go_on, step, carry)
+    phis = jnp.zeros(most + 1, b.dtype).at[0].set(value(x_0, r))
+    xs = jnp.zeros((room, b.size), b.dtype).at[0].set(x_0)
+    iterates = xs, jnp.zeros(room, b.dtype).at[0].set(phis[0]), jnp.zeros((), int)
+    carry = x_0, r, r, jnp.zeros((), int), phis, iterates
+    *_, i, _, (xs, values, saved) = lax.while_loop(go_on, step, carry)
     return Iterates(xs, values, saved + ~keep[i], i)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
@@ -46,9 +45,9 @@ class Config:
 
     task: Literal["temporal order", "adding"] = "temporal order"
     """The task."""
-    lengths: tuple[int, ...] = (50, 100, 200)
+    lengths: tuple[int, ...] = (200,)
     """Sequence lengths T."""
-    updates: int = 60
+    updates: int = 40
     """Maximal number of updates of each network."""
     hidden_size: int = 50
     """Hidden units, H."""
@@ -95,8 +94,13 @@ SMOKE = {
     "seeds": 2,
 }
 
+HESSIAN_FREE = "Hessian-free"
+
 CHECK_EVERY = 500
 """Updates between checks of the first-order method."""
+
+LOWEST = 1e-4
+"""The lowest error rate in the figure."""
 
 
 def objective(task: Task, batch: Batch, unravel) -> Objective:
@@ -167,6 +171,15 @@ def make_functions(config: Config, task: Task, T: int, unravel):
     return NamedSharding(mesh, P()), jax.jit(on_new_batch), jax.jit(on_new_sequences)
 
 
+def first_order_config(config: Config, T: int, method: Name) -> long_lag_tasks.Config:
+    """The settings of long_lag_tasks with the same networks; time ends the updates."""
+    return long_lag_tasks.Config(
+        lengths=(T,), updates=10**6 * CHECK_EVERY, check_every=CHECK_EVERY, methods=(method,),
+        out=config.out, hidden_size=config.hidden_size, test_size=config.test_size,
+        seeds=config.seeds, seed=config.seed,
+    )  # fmt: skip
+
+
 def train(config: Config, task: Task, T: int) -> Iterator[dict]:
     """Trains one network after the other until it has solved the task.
 
@@ -174,7 +187,7 @@ def train(config: Config, task: Task, T: int) -> Iterator[dict]:
     the metrics of the update.
     """
     key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
-    tanh = long_lag_tasks.methods(long_lag_tasks_config(config, T, "tanh"))[0]
+    (tanh,) = long_lag_tasks.methods(first_order_config(config, T, "tanh"))
     networks = init_networks(config, task, tanh, key_init)
     thetas = jax.vmap(lambda params: ravel_pytree(params)[0])(networks)
     unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], networks))[1]
@@ -192,3 +205,101 @@ def train(config: Config, task: Task, T: int) -> Iterator[dict]:
             yield {"seed": seed, "updates": n, "seconds": seconds, "error": error, **measured}
             if error <= SOLVED:
                 break
+
+
+def train_first_order(config: Config, task: Task, T: int, limit: float) -> Iterator[dict]:
+    """Trains all networks at once by the first-order method until the time is up.
+
+    Yields a row for each seed at each check.
+    """
+    settings, start = first_order_config(config, T, config.first_order), time.monotonic()
+    (method,) = long_lag_tasks.methods(settings)
+    for updates, errors in long_lag_tasks.train(settings, task, T, method):
+        seconds = time.monotonic() - start
+        for seed, error in enumerate(errors):
+            yield {"seed": seed, "updates": updates, "seconds": seconds, "error": error}
+        if seconds >= limit or max(errors) <= SOLVED:
+            break
+
+
+def first_solved(rows: list[dict], T: int, method: str) -> list[dict | None]:
+    """For each seed, the first row with at most 1 % errors, or None."""
+    rows = [row for row in rows if (row["T"], row["method"]) == (T, method)]
+    seeds = sorted({row["seed"] for row in rows})
+    solved = [row for row in rows if row["error"] <= SOLVED]
+    return [next((row for row in solved if row["seed"] == seed), None) for seed in seeds]
+
+
+def summarize(rows: list[dict]) -> tuple[str, dict]:
+    """For each T and method: seeds that solved the task, and the medians over these; the figures."""
+    figures = {}
+    for T, method in dict.fromkeys((row["T"], row["method"]) for row in rows):
+        every = first_solved(rows, T, method)
+        solved = [row for row in every if row is not None]
+        figure = {"solved": len(solved), "of": len(every)}
+        for name in ("seconds", "updates"):
+            values = [row[name] for row in solved]
+            figure[name] = round(statistics.median(values), 1) if solved else None
+        figures[f"T {T}, {method}"] = figure
+    parts = []
+    for name, figure in figures.items():
+        medians = f", median {figure['seconds']} s and {figure['updates']} updates"
+        parts.append(
+            f"{name}: {figure['solved']} of {figure['of']}{medians * (figure['solved'] > 0)}"
+        )
+    return "; ".join(parts), figures
+
+
+def draw(rows: list[dict], task: Task):
+    """The error rate of each seed against its seconds, a panel for each T."""
+    lengths = list(dict.fromkeys(row["T"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(lengths), figsize=(1 + 4 * len(lengths), 4), layout="constrained", squeeze=False
+    )
+    for ax, T in zip(axes[0], lengths, strict=True):
+        for color, method in enumerate(methods):
+            for seed in range(1 + max(row["seed"] for row in rows)):
+                wanted = (T, method, seed)
+                of_seed = [r for r in rows if (r["T"], r["method"], r["seed"]) == wanted]
+                errors = [max(row["error"], LOWEST) for row in of_seed]
+                label = method if seed == 0 else None
+                seconds = [row["seconds"] for row in of_seed]
+                ax.plot(seconds, errors, color=f"C{color}", alpha=0.7, label=label)
+        ax.axhline(SOLVED, color="black", linestyle="--", linewidth=0.8)
+        ax.set(title=f"{task.name}, T = {T}", xlabel="seconds", yscale="log")
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("error rate on new sequences")
+    axes[0, 0].legend()
+    return figure
+
+
+def main(config: Config) -> dict:
+    use_all_cores()
+    report, task = Report(config), TASKS[config.task]
+    with tqdm(total=len(config.lengths) * config.seeds, unit="network", disable=None) as bar:
+        for n, T in enumerate(config.lengths):
+            start = time.monotonic()
+            for row in train(config, task, T):
+                report.log(T=T, method=HESSIAN_FREE, **row)
+                bar.set_description(
+                    f"T {T}, update {row['updates']}: loss {row['new_loss']:.4f}, "
+                    f"damping {row['damping']:.1e}, {row['cg_steps']} CG steps"
+                )
+                bar.update(n * config.seeds + row["seed"] - bar.n)
+            limit = time.monotonic() - start
+            if config.first_order:
+                for row in train_first_order(config, task, T, limit):
+                    report.log(T=T, method=config.first_order, **row)
+                    bar.set_description(f"T {T}, {config.first_order}: {row['seconds']:.0f} s")
+    ours, figures = summarize(report.rows)
+    return report.finish(ours, partial(draw, task=task), **figures)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
+
+
+if __name__ == "__main__":
+    sys.exit(run())

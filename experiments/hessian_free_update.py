@@ -129,9 +129,7 @@ def line_search(value, theta: Array, d: Array, f: Array, f_d: Array, slope: Arra
     return jnp.where(falls, alpha, 0), jnp.where(falls, f_alpha, f)
 
 
-def hessian_free_update(
-    state: State, objective: Objective, rules: Rules
-) -> tuple[State, Metrics]:
+def hessian_free_update(state: State, objective: Objective, rules: Rules) -> tuple[State, Metrics]:
     """The new state after one update on the objective, and the metrics."""
     theta, solution, damping = state
     f, g = objective.value_and_gradient(theta)
