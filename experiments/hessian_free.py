@@ -1,18 +1,17 @@
 """Hessian-free optimisation: does curvature teach a plain tanh network to remember for T steps?
 
-Gradients that vanish over T steps are small, and so is the curvature along them. Conjugate gradients
-on the Gauss-Newton matrix divide the one by the other (Martens 2010), and structural damping keeps
-the hidden states from changing more than the quadratic holds for (Martens and Sutskever 2011). The
-tasks, the networks and their initial weights are those of temporal_order and adding. A seed has
-solved the task at the first update after which at most 1 % of 10,000 new sequences are wrong. A
-first-order method of long_lag_tasks trains the same networks for the same time, all at once.
+A gradient that vanishes over T steps is small, and so is the curvature along it. Conjugate
+gradients divide the one by the other (Martens 2010), and structural damping keeps the hidden states
+from changing more than a quadratic holds for (Martens and Sutskever 2011). The tasks, the networks
+and their initial weights are those of temporal_order and adding. A seed has solved the task at the
+first update after which at most 1 % of 10,000 new sequences are wrong. A first-order method of
+long_lag_tasks trains the same networks for the same time, all at once.
 
     python -m experiments.hessian_free --out runs/hessian_free
 """
 
 import dataclasses
 import math
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import matplotlib.pyplot as plt
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding
@@ -30,6 +28,7 @@ from tqdm import tqdm
 
 import jaxrnn
 from experiments import adding, cli, long_lag_tasks, temporal_order
+from experiments.hessian_free_report import draw, summarize
 from experiments.hessian_free_update import Objective, Rules, hessian_free_update, init_state
 from experiments.long_lag_tasks import CHUNK, SOLVED, Name, Task, init_networks
 from experiments.multi_seed import use_all_cores
@@ -98,9 +97,6 @@ HESSIAN_FREE = "Hessian-free"
 
 CHECK_EVERY = 500
 """Updates between checks of the first-order method."""
-
-LOWEST = 1e-4
-"""The lowest error rate in the figure."""
 
 
 def objective(task: Task, batch: Batch, unravel) -> Objective:
@@ -220,58 +216,6 @@ def train_first_order(config: Config, task: Task, T: int, limit: float) -> Itera
             yield {"seed": seed, "updates": updates, "seconds": seconds, "error": error}
         if seconds >= limit or max(errors) <= SOLVED:
             break
-
-
-def first_solved(rows: list[dict], T: int, method: str) -> list[dict | None]:
-    """For each seed, the first row with at most 1 % errors, or None."""
-    rows = [row for row in rows if (row["T"], row["method"]) == (T, method)]
-    seeds = sorted({row["seed"] for row in rows})
-    solved = [row for row in rows if row["error"] <= SOLVED]
-    return [next((row for row in solved if row["seed"] == seed), None) for seed in seeds]
-
-
-def summarize(rows: list[dict]) -> tuple[str, dict]:
-    """For each T and method: seeds that solved the task, and the medians over these; the figures."""
-    figures = {}
-    for T, method in dict.fromkeys((row["T"], row["method"]) for row in rows):
-        every = first_solved(rows, T, method)
-        solved = [row for row in every if row is not None]
-        figure = {"solved": len(solved), "of": len(every)}
-        for name in ("seconds", "updates"):
-            values = [row[name] for row in solved]
-            figure[name] = round(statistics.median(values), 1) if solved else None
-        figures[f"T {T}, {method}"] = figure
-    parts = []
-    for name, figure in figures.items():
-        medians = f", median {figure['seconds']} s and {figure['updates']} updates"
-        parts.append(
-            f"{name}: {figure['solved']} of {figure['of']}{medians * (figure['solved'] > 0)}"
-        )
-    return "; ".join(parts), figures
-
-
-def draw(rows: list[dict], task: Task):
-    """The error rate of each seed against its seconds, a panel for each T."""
-    lengths = list(dict.fromkeys(row["T"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = plt.subplots(
-        1, len(lengths), figsize=(1 + 4 * len(lengths), 4), layout="constrained", squeeze=False
-    )
-    for ax, T in zip(axes[0], lengths, strict=True):
-        for color, method in enumerate(methods):
-            for seed in range(1 + max(row["seed"] for row in rows)):
-                wanted = (T, method, seed)
-                of_seed = [r for r in rows if (r["T"], r["method"], r["seed"]) == wanted]
-                errors = [max(row["error"], LOWEST) for row in of_seed]
-                label = method if seed == 0 else None
-                seconds = [row["seconds"] for row in of_seed]
-                ax.plot(seconds, errors, color=f"C{color}", alpha=0.7, label=label)
-        ax.axhline(SOLVED, color="black", linestyle="--", linewidth=0.8)
-        ax.set(title=f"{task.name}, T = {T}", xlabel="seconds", yscale="log")
-        ax.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("error rate on new sequences")
-    axes[0, 0].legend()
-    return figure
 
 
 def main(config: Config) -> dict:

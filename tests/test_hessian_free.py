@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
-from experiments import hessian_free, temporal_order
+from experiments import hessian_free, hessian_free_report, temporal_order
 from experiments.conjugate_gradients import conjugate_gradients, saved_steps
 from experiments.hessian_free_update import (
     Objective,
@@ -226,7 +226,7 @@ def test_summaries_count_the_seeds_that_solved_the_task():
         ]
     ]  # fmt: skip
     rows.append(rows[0] | {"T": 6})
-    ours, figures = hessian_free.summarize(rows)
+    ours, figures = hessian_free_report.summarize(rows)
     assert ours == "T 5, m: 2 of 3, median 1.5 s and 3.0 updates; T 6, m: 0 of 1"
     assert figures["T 5, m"] == {"solved": 2, "of": 3, "seconds": 1.5, "updates": 3}
     assert figures["T 6, m"]["seconds"] is None
