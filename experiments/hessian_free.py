@@ -11,29 +11,37 @@ long_lag_tasks trains the same networks for the same time, all at once.
 """
 
 import dataclasses
+import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-import jaxrnn
-from experiments import adding, cli, long_lag_tasks, temporal_order
-from experiments.hessian_free_report import draw, summarize
-from experiments.hessian_free_update import Objective, Rules, hessian_free_update, init_state
+from experiments import adding, cli, long_lag_tasks, run_state, temporal_order
+from experiments.hessian_free_objective import devices_for, objective, wrong_sequences
+from experiments.hessian_free_report import draw, of_run, summarize
+from experiments.hessian_free_update import (
+    Rules,
+    State,
+    hessian_free_update,
+    init_state,
+)
 from experiments.long_lag_tasks import CHUNK, SOLVED, Name, Task, init_networks
 from experiments.multi_seed import use_all_cores
-from experiments.reports import Report
-from jaxrnn import Batch, curvature
+from experiments.reports import write_results
+from experiments.run_state import Run
+from jaxrnn import TrainState
 
 TASKS = {task.name: task for task in (temporal_order.TASK, adding.TASK)}
 
@@ -68,6 +76,8 @@ class Config:
     """Seed of all random numbers."""
     out: Path = Path("runs/hessian_free")
     """Folder for metrics.jsonl, figure.png and summary.json."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `out`, with the same settings."""
     overwrite: bool = False
     """Discard the run that `out` holds."""
     smoke: bool = False
@@ -81,6 +91,8 @@ class Config:
         cli.expect_positive(self, "damping")
         cli.expect_at_least(0, self, "structural")
         cli.expect_seed(self)
+        if self.resume and self.overwrite:
+            raise cli.InputError("--overwrite: expected without --resume, got both")
 
 
 SMOKE = {
@@ -97,46 +109,6 @@ HESSIAN_FREE = "Hessian-free"
 
 CHECK_EVERY = 500
 """Updates between checks of the first-order method."""
-
-
-def objective(task: Task, batch: Batch, unravel) -> Objective:
-    """The loss of a batch, each device with its share of the sequences: means over `batch`.
-
-    All shares count the same number of steps, so the mean of their means is that of the batch.
-    """
-
-    def local(theta):
-        return unravel(lax.pcast(theta, "batch", to="varying"))
-
-    def value(theta):
-        return lax.pmean(jaxrnn.sequence_loss(local(theta), batch, loss=task.loss)[0], "batch")
-
-    def value_and_gradient(theta):
-        (f, _), grads = jaxrnn.bptt(local(theta), batch, loss=task.loss)
-        return lax.pmean((f, ravel_pytree(grads)[0]), "batch")
-
-    def gauss_newton(theta):
-        product = curvature.gauss_newton(local(theta), batch, loss=task.loss)
-
-        def of_all(v, structural=None):
-            return lax.pmean(ravel_pytree(product(local(v), structural))[0], "batch")
-
-        return of_all
-
-    return Objective(value, value_and_gradient, gauss_newton)
-
-
-def wrong_sequences(task: Task, params, batch: Batch) -> Array:
-    """(B,) bool: the output is wrong at a step that counts."""
-    _, ys = jaxrnn.unroll(params, batch.xs)
-    wrong = jax.vmap(task.wrong)(ys, batch.targets)
-    return (wrong & (batch.weights > 0)).any(axis=0)
-
-
-def devices_for(size: int) -> Mesh:
-    """As many devices as divide the size."""
-    count = max(n for n in range(1, len(jax.devices()) + 1) if size % n == 0)
-    return Mesh(jax.devices()[:count], ("batch",))
 
 
 def make_functions(config: Config, task: Task, T: int, unravel):
@@ -176,68 +148,120 @@ def first_order_config(config: Config, T: int, method: Name) -> long_lag_tasks.C
     )  # fmt: skip
 
 
-def train(config: Config, task: Task, T: int) -> Iterator[dict]:
+def networks(config: Config, task: Task, T: int) -> tuple[Array, Callable]:
+    """The initial parameters of all seeds (seeds, P), as in long_lag_tasks, and their unravel."""
+    settings = first_order_config(config, T, "tanh")
+    (tanh,) = long_lag_tasks.methods(settings)
+    key_init, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
+    params = init_networks(settings, task, tanh, key_init)
+    unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], params))[1]
+    return jax.vmap(lambda params: ravel_pytree(params)[0])(params), unravel
+
+
+def is_trained(config: Config, rows: list[dict]) -> bool:
+    """Whether the network with these rows has solved the task, or has had all its updates."""
+    return bool(rows) and (rows[-1]["error"] <= SOLVED or rows[-1]["updates"] >= config.updates)
+
+
+def train(config: Config, task: Task, T: int, rows: list[dict], state: State | None = None):
     """Trains one network after the other until it has solved the task.
 
-    Yields a row after each update: seed, updates, seconds since the network's start, error rate and
-    the metrics of the update.
+    Goes on from the rows of a stopped run, with the state after the last of them. Yields after each
+    update a row and the state; the row has the network's seed, updates and seconds, the error rate
+    and the metrics of the update.
     """
-    key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
-    (tanh,) = long_lag_tasks.methods(first_order_config(config, T, "tanh"))
-    networks = init_networks(config, task, tanh, key_init)
-    thetas = jax.vmap(lambda params: ravel_pytree(params)[0])(networks)
-    unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], networks))[1]
+    thetas, unravel = networks(config, task, T)
+    _, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
     replicated, update, error_rate = make_functions(config, task, T, unravel)
     for seed, theta in enumerate(thetas):
-        start = time.monotonic()
-        state = jax.device_put(init_state(theta, config.damping), replicated)
-        for n in range(1, config.updates + 1):
+        done = of_run(rows, T, HESSIAN_FREE, seed)
+        if is_trained(config, done):
+            continue
+        if state is None or not done:
+            state = init_state(theta, config.damping)
+        state = jax.device_put(state, replicated)
+        start = time.monotonic() - (done[-1]["seconds"] if done else 0)
+        while not is_trained(config, done):
+            n = len(done) + 1
             key = jax.random.fold_in(jax.random.fold_in(key_train, seed), n)
             key_batch, key_test = jax.random.split(key)
             state, metrics = update(state, key_batch)
             error = error_rate(state.theta, key_test).item()
-            measured = {name: value.item() for name, value in metrics._asdict().items()}
-            seconds = time.monotonic() - start
-            yield {"seed": seed, "updates": n, "seconds": seconds, "error": error, **measured}
-            if error <= SOLVED:
-                break
+            row = {"T": T, "method": HESSIAN_FREE, "seed": seed, "updates": n}
+            row |= {"seconds": time.monotonic() - start, "error": error}
+            row |= {name: value.item() for name, value in metrics._asdict().items()}
+            done.append(row)
+            yield row, state
 
 
-def train_first_order(config: Config, task: Task, T: int, limit: float) -> Iterator[dict]:
+def train_first_order(config: Config, task: Task, T: int, method: Name, limit: float):
     """Trains all networks at once by the first-order method until the time is up.
 
-    Yields a row for each seed at each check.
+    Yields the rows of all seeds at each check.
     """
-    settings, start = first_order_config(config, T, config.first_order), time.monotonic()
-    (method,) = long_lag_tasks.methods(settings)
-    for updates, errors in long_lag_tasks.train(settings, task, T, method):
+    settings, start = first_order_config(config, T, method), time.monotonic()
+    for updates, errors in long_lag_tasks.train(
+        settings, task, T, *long_lag_tasks.methods(settings)
+    ):
         seconds = time.monotonic() - start
-        for seed, error in enumerate(errors):
-            yield {"seed": seed, "updates": updates, "seconds": seconds, "error": error}
+        row = {"T": T, "method": method, "updates": updates, "seconds": seconds}
+        yield [row | {"seed": seed, "error": error} for seed, error in enumerate(errors)]
         if seconds >= limit or max(errors) <= SOLVED:
             break
 
 
+def checkpoint(step: int, state: State) -> TrainState:
+    """What a checkpoint holds. No update is skipped: one without a finite loss is rejected."""
+    zero = jnp.zeros((), int)
+    return TrainState(zero + step, params=state, opt_state=(), skipped=zero)
+
+
+def train_all(config: Config, task: Task, run: Run, bar: tqdm) -> None:
+    """Trains at each T by both methods, and logs each update."""
+    theta = networks(config, task, config.lengths[0])[0][0]
+    state = run.restore(checkpoint(0, init_state(theta, config.damping)))
+
+    def log(row: dict) -> None:
+        run.log({"step": run.step + 1} | row)
+
+    for n, T in enumerate(config.lengths):
+        for row, now in train(config, task, T, run.rows, state.params):
+            log(row)
+            state = checkpoint(run.step, now)
+            bar.set_description(
+                f"T {T}, update {row['updates']}: loss {row['new_loss']:.4f}, "
+                f"damping {row['damping']:.1e}, {row['cg_steps']} CG steps"
+            )
+            bar.update(n * config.seeds + row["seed"] - bar.n)
+            run.save_if_due(state, last=False)
+        if config.first_order is None or of_run(run.rows, T, config.first_order, 0):
+            continue
+        seeds = [of_run(run.rows, T, HESSIAN_FREE, seed) for seed in range(config.seeds)]
+        limit = sum(rows[-1]["seconds"] for rows in seeds)
+        checks: list[dict] = []
+        for rows in train_first_order(config, task, T, config.first_order, limit):
+            checks += rows
+            bar.set_description(f"T {T}, {config.first_order}: {rows[0]['seconds']:.0f} s")
+            run.save_if_due(state, last=False)
+        for row in checks:  # all or none, so that a resumed run repeats them
+            log(row)
+    bar.update(bar.total - bar.n)
+    run.save_if_due(state, last=True)
+
+
 def main(config: Config) -> dict:
     use_all_cores()
-    report, task = Report(config), TASKS[config.task]
-    with tqdm(total=len(config.lengths) * config.seeds, unit="network", disable=None) as bar:
-        for n, T in enumerate(config.lengths):
-            start = time.monotonic()
-            for row in train(config, task, T):
-                report.log(T=T, method=HESSIAN_FREE, **row)
-                bar.set_description(
-                    f"T {T}, update {row['updates']}: loss {row['new_loss']:.4f}, "
-                    f"damping {row['damping']:.1e}, {row['cg_steps']} CG steps"
-                )
-                bar.update(n * config.seeds + row["seed"] - bar.n)
-            limit = time.monotonic() - start
-            if config.first_order:
-                for row in train_first_order(config, task, T, limit):
-                    report.log(T=T, method=config.first_order, **row)
-                    bar.set_description(f"T {T}, {config.first_order}: {row['seconds']:.0f} s")
-    ours, figures = summarize(report.rows)
-    return report.finish(ours, partial(draw, task=task), **figures)
+    run_state.make_folder(config.out)
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    decisive = {k: v for k, v in settings.items() if k not in ("out", "overwrite", "resume")}
+    run = Run(config.out, decisive, resume=config.resume, overwrite=config.overwrite)
+    task, count = TASKS[config.task], len(config.lengths) * config.seeds
+    with run, tqdm(total=count, unit="network", disable=None) as bar:
+        train_all(config, task, run, bar)
+    ours, figures = summarize(run.rows)
+    summary = write_results(config, run.seconds, ours, partial(draw, task=task), **figures)
+    run_state.discard_checkpoints(config.out)  # there is nothing left to resume
+    return summary
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -10,21 +10,28 @@ LOWEST = 1e-4
 """The lowest error rate in the figure."""
 
 
+def of_run(rows: list[dict], T: int, method: str, seed: int) -> list[dict]:
+    """The rows of one network."""
+    wanted = (T, method, seed)
+    return [row for row in rows if (row["T"], row["method"], row["seed"]) == wanted]
+
+
 def first_solved(rows: list[dict], T: int, method: str) -> list[dict | None]:
     """For each seed, the first row with at most 1 % errors, or None."""
-    rows = [row for row in rows if (row["T"], row["method"]) == (T, method)]
-    seeds = sorted({row["seed"] for row in rows})
-    solved = [row for row in rows if row["error"] <= SOLVED]
-    return [next((row for row in solved if row["seed"] == seed), None) for seed in seeds]
+    seeds = range(1 + max(row["seed"] for row in rows if row["T"] == T))
+    return [
+        next((row for row in of_run(rows, T, method, seed) if row["error"] <= SOLVED), None)
+        for seed in seeds
+    ]
 
 
 def summarize(rows: list[dict]) -> tuple[str, dict]:
     """For each T and method, the seeds that solved the task and the medians over these; figures."""
-    figures: dict = {}
+    figures: dict[str, dict] = {}
     for T, method in dict.fromkeys((row["T"], row["method"]) for row in rows):
         every = first_solved(rows, T, method)
         solved = [row for row in every if row is not None]
-        figure = {"solved": len(solved), "of": len(every)}
+        figure: dict = {"solved": len(solved), "of": len(every)}
         for name in ("seconds", "updates"):
             values = [row[name] for row in solved]
             figure[name] = round(statistics.median(values), 1) if solved else None
@@ -32,8 +39,8 @@ def summarize(rows: list[dict]) -> tuple[str, dict]:
     parts = []
     for name, figure in figures.items():
         medians = f", median {figure['seconds']} s and {figure['updates']} updates"
-        solved = f"{name}: {figure['solved']} of {figure['of']}"
-        parts.append(solved + medians * (figure["solved"] > 0))
+        share = f"{name}: {figure['solved']} of {figure['of']}"
+        parts.append(share + medians * (figure["solved"] > 0))
     return "; ".join(parts), figures
 
 
@@ -41,14 +48,13 @@ def draw(rows: list[dict], task: Task):
     """The error rate of each seed against its seconds, a panel for each T."""
     lengths = list(dict.fromkeys(row["T"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, axes = plt.subplots(
+    fig, axes = plt.subplots(
         1, len(lengths), figsize=(1 + 4 * len(lengths), 4), layout="constrained", squeeze=False
     )
     for ax, T in zip(axes[0], lengths, strict=True):
         for color, method in enumerate(methods):
             for seed in range(1 + max(row["seed"] for row in rows)):
-                wanted = (T, method, seed)
-                of_seed = [r for r in rows if (r["T"], r["method"], r["seed"]) == wanted]
+                of_seed = of_run(rows, T, method, seed)
                 errors = [max(row["error"], LOWEST) for row in of_seed]
                 label = method if seed == 0 else None
                 seconds = [row["seconds"] for row in of_seed]
@@ -58,4 +64,4 @@ def draw(rows: list[dict], task: Task):
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("error rate on new sequences")
     axes[0, 0].legend()
-    return figure
+    return fig

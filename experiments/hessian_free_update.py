@@ -133,7 +133,7 @@ def hessian_free_update(state: State, objective: Objective, rules: Rules) -> tup
     """The new state after one update on the objective, and the metrics."""
     theta, solution, damping = state
     f, g = objective.value_and_gradient(theta)
-    matrix = damped(objective.gauss_newton(theta), damping, rules.structural)
+    matrix: Callable = damped(objective.gauss_newton(theta), damping, rules.structural)
     start = rules.warm_start * solution
     ds, qs, saved, steps = conjugate_gradients(matrix, -g, start, rules.cg_steps, rules.tolerance)
     best, f_d = best_iterate(objective.value, theta, ds, saved)

@@ -1,5 +1,8 @@
 """Hessian-free optimisation: its conjugate gradients, its update on quadratics, its experiment."""
 
+import json
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
-from experiments import hessian_free, hessian_free_report, temporal_order
+from experiments import hessian_free, hessian_free_objective, hessian_free_report, temporal_order
 from experiments.conjugate_gradients import conjugate_gradients, saved_steps
 from experiments.hessian_free_update import (
     Objective,
@@ -17,6 +20,8 @@ from experiments.hessian_free_update import (
     init_state,
     new_damping,
 )
+from experiments.run_state import Run
+from tests.conftest import default_and_thorough
 
 SIZE = 40
 
@@ -176,11 +181,11 @@ def test_the_objective_over_devices_is_that_of_the_whole_batch():
     params = jaxrnn.init(jax.random.key(1), 6, 5, 4, dtype=jnp.float64)
     theta, unravel = ravel_pytree(params)
     v = jnp.asarray(np.random.default_rng(0).standard_normal(theta.shape))
-    mesh = hessian_free.devices_for(16)
+    mesh = hessian_free_objective.devices_for(16)
     assert mesh.shape["batch"] == 8
 
     def everything(theta, v, batch):
-        f = hessian_free.objective(task, batch, unravel)
+        f = hessian_free_objective.objective(task, batch, unravel)
         product = f.gauss_newton(theta)
         return f.value(theta), f.value_and_gradient(theta), product(v), product(v, 0.3)
 
@@ -205,17 +210,50 @@ def test_a_sequence_is_wrong_if_one_of_its_steps_that_count_is():
     targets = xs.at[0, 0].set(1).at[1, 1].set(0).at[2, 2].set(0)
     weights = jnp.ones((3, 3)).at[1].set(0)
     batch = jaxrnn.Batch(xs, targets, weights=weights)
-    wrong = hessian_free.wrong_sequences(temporal_order.TASK, params, batch)
+    wrong = hessian_free_objective.wrong_sequences(temporal_order.TASK, params, batch)
     assert wrong.tolist() == [True, False, True]
 
 
 def test_a_short_temporal_order_is_solved_in_a_few_updates():
     settings = {"hidden_size": 16, "batch_size": 256, "test_size": 1_000, "seeds": 1}
     config = hessian_free.Config(lengths=(10,), updates=15, **settings)
-    rows = list(hessian_free.train(config, temporal_order.TASK, 10))
+    rows = [row for row, _ in hessian_free.train(config, temporal_order.TASK, 10, [])]
     assert rows[-1]["error"] <= 0.01
     assert len(rows) < 15
     assert all(row["new_loss"] <= row["loss"] for row in rows)
+
+
+def lines(folder):
+    """The lines of the metrics, without durations."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("stops", default_and_thorough([(3,)], [(3,), (1, 2), (4,)]))
+def test_a_stopped_run_resumes_bit_identically(stops, tmp_path, monkeypatch, capsys, usual_signals):
+    """Stopped within a network, at its end, and at that of the last one."""
+    flags = ["--smoke", "--first-order", "None"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert hessian_free.run([*flags, "--out", str(whole)]) == 0
+    names = {"metrics.jsonl", "figure.png", "summary.json"}
+    assert {path.name for path in whole.iterdir()} == names
+    networks = [(row["seed"], row["updates"]) for row in lines(whole)]
+    assert networks == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    log = Run.log
+
+    def log_and_stop(run, row):
+        log(run, row)
+        if run.step in stops:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log", log_and_stop)
+    flags = [*flags, "--out", str(stopped)]
+    assert hessian_free.run(flags) == 143
+    assert f"stopped after step {stops[0]}" in capsys.readouterr().err
+    for status in (*[143] * (len(stops) - 1), 0):
+        assert hessian_free.run([*flags, "--resume"]) == status
+    assert lines(stopped) == lines(whole)
+    assert {path.name for path in stopped.iterdir()} == names
 
 
 def test_summaries_count_the_seeds_that_solved_the_task():
