@@ -107,6 +107,19 @@ def test_an_update_on_a_quadratic_ends_in_its_minimum():
 
 
 @pytest.mark.usefixtures("x64")
+def test_conjugate_gradients_start_from_a_share_of_the_last_solution():
+    A, center = random_matrix(8)
+    solution = jnp.asarray(np.random.default_rng(8).standard_normal(SIZE))
+    state = init_state(jnp.zeros(SIZE), 0.5)._replace(solution=solution)
+    new, metrics = hessian_free_update(state, quadratic(A, center), Rules(0.0, 1, warm_start=0.6))
+    matrix, b = A + 0.5 * jnp.eye(SIZE), A @ center
+    r = b - matrix @ (0.6 * solution)
+    expected = 0.6 * solution + (r @ r) / (r @ matrix @ r) * r
+    assert metrics.cg_steps == 1
+    np.testing.assert_allclose(new.solution, expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
 def test_both_dampings_shorten_the_step():
     A, center = random_matrix(4, smallest=0.1)
     state = init_state(jnp.zeros(SIZE), 0.5)
@@ -151,6 +164,9 @@ def test_the_line_search_takes_the_first_length_that_lowers_the_loss_enough():
     assert new.theta[0] == pytest.approx(1 - 10 * 0.8**8, rel=1e-3)
     assert metrics.ratio < 0
     assert new.damping == pytest.approx(3e-6)
+    objective = quadratic(jnp.eye(1), jnp.zeros(1), curvature=1 / 1.99)
+    _, metrics = hessian_free_update(state, objective, Rules())
+    assert metrics.alpha == pytest.approx(0.8)  # the whole step lowers the loss by 2 %, too little
 
 
 def test_the_iterate_with_the_lowest_loss_is_taken():
