@@ -52,12 +52,12 @@ def conjugate_gradients(
     Args:
       product: v (P,) -> A v; A is symmetric and positive definite.
       b: (P,).
-      x_0: the start, (P,).
+      x_0: the start, (P,), unless phi(x_0) > phi(0) = 0; then zeros.
       most: the most steps.
       tolerance: the relative progress per step below which the steps stop.
 
     Returns:
-      Iterates; x_0 alone if it is a solution.
+      Iterates; the start alone if it is a solution.
 
     >>> A = jnp.array([[2.0, 1.0], [1.0, 3.0]])
     >>> xs, values, saved, steps = conjugate_gradients(A.dot, jnp.ones(2), jnp.zeros(2), most=10)
@@ -90,6 +90,8 @@ def conjugate_gradients(
         return x, r, p, i, phis, (xs, values, saved + keep[i])  # the next overwrites unless kept
 
     r = b - product(x_0)
+    better = value(x_0, r) < 0
+    x_0, r = jnp.where(better, x_0, 0), jnp.where(better, r, b)
     phis = jnp.zeros(most + 1, b.dtype).at[0].set(value(x_0, r))
     xs = jnp.zeros((room, b.size), b.dtype).at[0].set(x_0)
     iterates = xs, jnp.zeros(room, b.dtype).at[0].set(phis[0]), jnp.zeros((), int)

@@ -12,11 +12,17 @@ from jaxrnn import Batch, curvature
 from jaxrnn.batches import step_weights
 
 
-def objective(task: Task, batch: Batch, unravel) -> Objective:
-    """The loss of a batch, each device with its share of the sequences: means over `batch`.
+def objective(task: Task, batches: Batch, unravel) -> Objective:
+    """The loss of the first batch and the gradients of all, each device with its share.
 
     All shares count the same number of steps, so the mean of their means is that of the batch.
+
+    Args:
+      task: Task.
+      batches: a Batch with a leading axis, that of the batches.
+      unravel: theta -> Params.
     """
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
 
     def local(theta):
         return unravel(lax.pcast(theta, "batch", to="varying"))
@@ -24,9 +30,12 @@ def objective(task: Task, batch: Batch, unravel) -> Objective:
     def value(theta):
         return lax.pmean(jaxrnn.sequence_loss(local(theta), batch, loss=task.loss)[0], "batch")
 
-    def value_and_gradient(theta):
-        (f, _), grads = jaxrnn.bptt(local(theta), batch, loss=task.loss)
-        return lax.pmean((f, ravel_pytree(grads)[0]), "batch")
+    def gradients(theta):
+        def of_one(batch):
+            return ravel_pytree(jaxrnn.bptt(local(theta), batch, loss=task.loss)[1])[0]
+
+        every = lax.pmean(lax.map(of_one, batches), "batch")
+        return every[0], every.mean(axis=0)
 
     def gauss_newton(theta):
         product = curvature.gauss_newton(local(theta), batch, loss=task.loss)
@@ -36,7 +45,7 @@ def objective(task: Task, batch: Batch, unravel) -> Objective:
 
         return of_all
 
-    return Objective(value, value_and_gradient, gauss_newton)
+    return Objective(value, gradients, gauss_newton)
 
 
 def wrong_sequences(task: Task, params, batch: Batch) -> Array:

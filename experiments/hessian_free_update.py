@@ -10,7 +10,9 @@ Near theta the loss is approximated by a quadratic, with the Gauss-Newton matrix
     4. lambda grows if the loss fell by less than q predicts, and shrinks if q predicts it well
 
 lambda I penalises the change of the parameters, lambda mu S that of the hidden states (structural
-damping). The same batch gives f, g and G: where a gradient has no curvature, its step is unbounded.
+damping). G is that of one batch. g is the mean over more, because its noise, divided by small
+curvatures, limits how small lambda can be. So that q is right to first order, f is the loss of the
+one batch plus (g - g_1)^T d, with its own gradient g_1.
 """
 
 from collections.abc import Callable
@@ -24,16 +26,16 @@ from jaxrnn.curvature import damped
 
 
 class Objective(NamedTuple):
-    """The loss of one batch, for parameters in one vector.
+    """What an update needs of the loss, for parameters in one vector; all but g of one batch.
 
     Attributes:
-      value: theta (P,) -> f(theta).
-      value_and_gradient: theta -> (f(theta), g), with g (P,).
+      value: theta (P,) -> the loss.
+      gradients: theta -> g_1 (P,), that of the value, and g, the mean over more batches.
       gauss_newton: theta -> product, and product(v, structural=None) is G v, plus structural S v.
     """
 
     value: Callable[[Array], Array]
-    value_and_gradient: Callable[[Array], tuple[Array, Array]]
+    gradients: Callable[[Array], tuple[Array, Array]]
     gauss_newton: Callable[[Array], Callable]
 
 
@@ -132,15 +134,19 @@ def line_search(value, theta: Array, d: Array, f: Array, f_d: Array, slope: Arra
 def hessian_free_update(state: State, objective: Objective, rules: Rules) -> tuple[State, Metrics]:
     """The new state after one update on the objective, and the metrics."""
     theta, solution, damping = state
-    f, g = objective.value_and_gradient(theta)
+    f, (g_1, g) = objective.value(theta), objective.gradients(theta)
+
+    def value(new):
+        return objective.value(new) + jnp.vdot(g - g_1, new - theta)
+
     matrix: Callable = damped(objective.gauss_newton(theta), damping, rules.structural)
     start = rules.warm_start * solution
     ds, qs, saved, steps = conjugate_gradients(matrix, -g, start, rules.cg_steps, rules.tolerance)
-    best, f_d = best_iterate(objective.value, theta, ds, saved)
+    best, f_d = best_iterate(value, theta, ds, saved)
     d = ds[best]
     ratio = (f_d - f) / qs[best]
-    alpha, new_f = line_search(objective.value, theta, d, f, f_d, jnp.vdot(g, d))
+    alpha, new_f = line_search(value, theta, d, f, f_d, jnp.vdot(g, d))
     theta = jnp.where(alpha > 0, theta + alpha * d, theta)  # d may be NaN
-    solution = jnp.where(jnp.isfinite(ds[saved - 1]).all(), ds[saved - 1], 0)
+    solution = jnp.where(alpha > 0, ds[saved - 1], 0)
     new = State(theta, solution, new_damping(damping, ratio))
     return new, Metrics(f, new_f, ratio, alpha, steps, damping)
