@@ -61,8 +61,8 @@ class Config:
     batch_size: int = 1024
     """Sequences per update, B; all are new."""
     gradient_batches: int = 8
-    """Batches that the gradient is the mean over; the first gives the curvature and the losses."""
-    damping: float = 0.01
+    """Batches that loss and gradient are means over; the curvature is that of the first."""
+    damping: float = 0.03
     """Initial damping, lambda."""
     structural: float = 0.1
     """Structural damping relative to lambda, mu."""

@@ -13,7 +13,7 @@ from jaxrnn.batches import step_weights
 
 
 def objective(task: Task, batches: Batch, unravel) -> Objective:
-    """The loss of the first batch and the gradients of all, each device with its share.
+    """The mean loss of the batches, with the curvature of the first, each device with its share.
 
     All shares count the same number of steps, so the mean of their means is that of the batch.
 
@@ -28,14 +28,16 @@ def objective(task: Task, batches: Batch, unravel) -> Objective:
         return unravel(lax.pcast(theta, "batch", to="varying"))
 
     def value(theta):
-        return lax.pmean(jaxrnn.sequence_loss(local(theta), batch, loss=task.loss)[0], "batch")
+        def of_one(batch):
+            return jaxrnn.sequence_loss(local(theta), batch, loss=task.loss)[0]
 
-    def gradients(theta):
+        return lax.pmean(lax.map(of_one, batches).mean(), "batch")
+
+    def gradient(theta):
         def of_one(batch):
             return ravel_pytree(jaxrnn.bptt(local(theta), batch, loss=task.loss)[1])[0]
 
-        every = lax.pmean(lax.map(of_one, batches), "batch")
-        return every[0], every.mean(axis=0)
+        return lax.pmean(lax.map(of_one, batches).mean(axis=0), "batch")
 
     def gauss_newton(theta):
         product = curvature.gauss_newton(local(theta), batch, loss=task.loss)
@@ -45,7 +47,7 @@ def objective(task: Task, batches: Batch, unravel) -> Objective:
 
         return of_all
 
-    return Objective(value, gradients, gauss_newton)
+    return Objective(value, gradient, gauss_newton)
 
 
 def wrong_sequences(task: Task, params, batch: Batch) -> Array:

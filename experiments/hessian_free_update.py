@@ -5,14 +5,13 @@ Near theta the loss is approximated by a quadratic, with the Gauss-Newton matrix
     f(theta + d) ~ f(theta) + q(d)        q(d) = g^T d + d^T (G + lambda I + lambda mu S) d / 2
 
     1. d_1, d_2, ... by conjugate gradients on q, from a share of the last update's solution
-    2. d is the iterate with the lowest loss
+    2. d is the last of them, or an earlier one as long as that has a lower loss
     3. theta <- theta + alpha d, with alpha = 1, 0.8, 0.64, ... until the loss falls enough
     4. lambda grows if the loss fell by less than q predicts, and shrinks if q predicts it well
 
 lambda I penalises the change of the parameters, lambda mu S that of the hidden states (structural
-damping). G is that of one batch. g is the mean over more, because its noise, divided by small
-curvatures, limits how small lambda can be. So that q is right to first order, f is the loss of the
-one batch plus (g - g_1)^T d, with its own gradient g_1.
+damping). f and g may be means over more sequences than G: the noise of g, divided by small
+curvatures, limits how small lambda can be.
 """
 
 from collections.abc import Callable
@@ -26,16 +25,16 @@ from jaxrnn.curvature import damped
 
 
 class Objective(NamedTuple):
-    """What an update needs of the loss, for parameters in one vector; all but g of one batch.
+    """What an update needs of the loss, for parameters in one vector.
 
     Attributes:
-      value: theta (P,) -> the loss.
-      gradients: theta -> g_1 (P,), that of the value, and g, the mean over more batches.
+      value: theta (P,) -> f(theta).
+      gradient: theta -> g (P,).
       gauss_newton: theta -> product, and product(v, structural=None) is G v, plus structural S v.
     """
 
     value: Callable[[Array], Array]
-    gradients: Callable[[Array], tuple[Array, Array]]
+    gradient: Callable[[Array], Array]
     gauss_newton: Callable[[Array], Callable]
 
 
@@ -104,11 +103,21 @@ def new_damping(damping: Array, ratio: Array) -> Array:
     return damping * factors
 
 
-def best_iterate(value, theta: Array, ds: Array, saved: Array) -> tuple[Array, Array]:
-    """The index of the iterate d with the lowest f(theta + d), and that value."""
-    fs = lax.map(lambda d: value(theta + d), ds)
-    fs = jnp.where((jnp.arange(len(ds)) < saved) & ~jnp.isnan(fs), fs, jnp.inf)
-    return fs.argmin(), fs.min()
+def backtrack(value, theta: Array, ds: Array, saved: Array) -> tuple[Array, Array]:
+    """The index of the last iterate d, or of an earlier one while f(theta + d) falls; f there."""
+
+    def falls(carry):
+        n, f, f_before = carry
+        return (n > 0) & ((f_before <= f) | jnp.isnan(f))
+
+    def go_back(carry):
+        n, _, f_before = carry
+        return n - 1, f_before, value(theta + ds[jnp.maximum(n - 2, 0)])
+
+    last = saved - 1
+    before = value(theta + ds[jnp.maximum(last - 1, 0)])
+    n, f, _ = lax.while_loop(falls, go_back, (last, value(theta + ds[last]), before))
+    return n, f
 
 
 def line_search(value, theta: Array, d: Array, f: Array, f_d: Array, slope: Array):
@@ -134,18 +143,13 @@ def line_search(value, theta: Array, d: Array, f: Array, f_d: Array, slope: Arra
 def hessian_free_update(state: State, objective: Objective, rules: Rules) -> tuple[State, Metrics]:
     """The new state after one update on the objective, and the metrics."""
     theta, solution, damping = state
-    f, (g_1, g) = objective.value(theta), objective.gradients(theta)
-
-    def value(new):
-        return objective.value(new) + jnp.vdot(g - g_1, new - theta)
-
+    f, g = objective.value(theta), objective.gradient(theta)
     matrix: Callable = damped(objective.gauss_newton(theta), damping, rules.structural)
     start = rules.warm_start * solution
     ds, qs, saved, steps = conjugate_gradients(matrix, -g, start, rules.cg_steps, rules.tolerance)
-    best, f_d = best_iterate(value, theta, ds, saved)
-    d = ds[best]
-    ratio = (f_d - f) / qs[best]
-    alpha, new_f = line_search(value, theta, d, f, f_d, jnp.vdot(g, d))
+    n, f_d = backtrack(objective.value, theta, ds, saved)
+    d, ratio = ds[n], (f_d - f) / qs[n]
+    alpha, new_f = line_search(objective.value, theta, d, f, f_d, jnp.vdot(g, d))
     theta = jnp.where(alpha > 0, theta + alpha * d, theta)  # d may be NaN
     solution = jnp.where(alpha > 0, ds[saved - 1], 0)
     new = State(theta, solution, new_damping(damping, ratio))

@@ -89,7 +89,7 @@ def quadratic(A, center, curvature=1.0, value=None):
     def gauss_newton(_):
         return lambda v, structural=0.0: curvature * A @ v + structural * 2 * v
 
-    return Objective(value or f, lambda theta: (jax.grad(f)(theta),) * 2, gauss_newton)
+    return Objective(value or f, jax.grad(f), gauss_newton)
 
 
 @pytest.mark.usefixtures("x64")
@@ -116,22 +116,6 @@ def test_conjugate_gradients_start_from_a_share_of_the_last_solution():
     expected = 0.6 * solution + (r @ r) / (r @ matrix @ r) * r
     assert metrics.cg_steps == 1
     np.testing.assert_allclose(new.solution, expected, rtol=1e-12)
-
-
-@pytest.mark.usefixtures("x64")
-def test_the_step_follows_the_gradient_of_all_batches():
-    """The batches have the same curvature and minima c_1 and c: the step is to c, as predicted."""
-    A, first = random_matrix(9, smallest=0.1)
-    center = jnp.asarray(np.random.default_rng(9).standard_normal(SIZE))
-    objective = quadratic(A, first)
-    g_1, g = -A @ first, -A @ center
-    state = init_state(jnp.zeros(SIZE), 1e-14)
-    rules = Rules(cg_steps=100, tolerance=0)
-    objective = objective._replace(gradients=lambda _: (g_1, g))
-    new, metrics = hessian_free_update(state, objective, rules)
-    np.testing.assert_allclose(new.theta, center, rtol=1e-7)
-    assert metrics.ratio == pytest.approx(1, abs=1e-10)
-    assert metrics.loss == pytest.approx((first @ A @ first / 2).item())
 
 
 @pytest.mark.usefixtures("x64")
@@ -180,8 +164,8 @@ def test_the_line_search_takes_the_first_length_that_lowers_the_loss_enough():
     assert metrics.alpha == pytest.approx(0.8)  # the whole step lowers the loss by 2 %, too little
 
 
-def test_the_iterate_with_the_lowest_loss_is_taken():
-    """The loss is the distance from an early iterate; NaN further away is passed over."""
+def test_an_earlier_iterate_is_taken_while_the_loss_falls():
+    """The loss is the distance from the fifth iterate, and NaN near the last one and beyond."""
     A, center = random_matrix(7)
     start = jnp.zeros(SIZE)
     xs, _, saved, _ = conjugate_gradients(lambda v: A @ v + 0.01 * v, A @ center, start, 150)
@@ -215,17 +199,17 @@ def test_the_objective_over_devices_is_that_of_the_whole_batch():
     def everything(theta, v, batches):
         f = hessian_free_objective.objective(task, batches, unravel)
         product = f.gauss_newton(theta)
-        return f.value(theta), f.gradients(theta), product(v), product(v, 0.3)
+        return f.value(theta), f.gradient(theta), product(v), product(v, 0.3)
 
     specs = P(), P(), P(None, None, "batch")
     sharded = jax.shard_map(everything, mesh=mesh, in_specs=specs, out_specs=P())
-    value, gradients, Gv, Gv_structural = jax.jit(sharded)(theta, v, batches)
+    value, g, Gv, Gv_structural = jax.jit(sharded)(theta, v, batches)
     each = [jax.tree.map(lambda leaf, n=n: leaf[n], batches) for n in range(3)]
     results = [jaxrnn.bptt(params, batch) for batch in each]
-    assert value == pytest.approx(results[0][0][0].item(), rel=1e-13)
+    mean = sum(value for (value, _), _ in results) / 3
+    assert value == pytest.approx(mean.item(), rel=1e-13)
     vectors = [ravel_pytree(grads)[0] for _, grads in results]
-    for got, wanted in zip(gradients, (vectors[0], sum(vectors) / 3), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(g, sum(vectors) / 3, rtol=1e-9, atol=1e-14)
     product = jaxrnn.curvature.gauss_newton(params, each[0])
     for got, structural in ((Gv, None), (Gv_structural, 0.3)):
         wanted = ravel_pytree(product(unravel(v), structural))[0]
