@@ -54,7 +54,7 @@ class Config:
     """The task."""
     lengths: tuple[int, ...] = (200,)
     """Sequence lengths T."""
-    updates: int = 40
+    updates: int = 60
     """Maximal number of updates of each network."""
     hidden_size: int = 50
     """Hidden units, H."""
