@@ -59,26 +59,31 @@ class Report:
           The summary.
         """
         seconds = time.monotonic() - self._start
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        figure = draw([json.loads(line) for line in lines])
-        figure.savefig(self.folder / "figure.png", dpi=120)
-        plt.close(figure)
-        settings = {
-            key: value.name if isinstance(value, Path) else value
-            for key, value in dataclasses.asdict(self.config).items()
-            if key not in ("out", "overwrite")
-        }
-        summary = {
-            "ours": ours,
-            "figures": figures,
-            "settings": settings,
-            "seconds": round(seconds, 1),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "versions": run_state.versions(),
-        }
-        run_state.write_json(self.folder / "summary.json", summary)
-        print(f"{ours}\n{seconds:.0f} s; results are in {self.folder}")
-        return summary
+        return write_results(self.config, seconds, ours, draw, **figures)
+
+
+def write_results(config, seconds: float, ours: str, draw: Callable, **figures) -> dict:
+    """`Report.finish` for the metrics.jsonl in `config.out`, whoever has written it."""
+    lines = (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    figure = draw([json.loads(line) for line in lines])
+    figure.savefig(config.out / "figure.png", dpi=120)
+    plt.close(figure)
+    settings = {
+        key: value.name if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(config).items()
+        if key not in ("out", "overwrite", "resume")
+    }
+    summary = {
+        "ours": ours,
+        "figures": figures,
+        "settings": settings,
+        "seconds": round(seconds, 1),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": run_state.versions(),
+    }
+    run_state.write_json(config.out / "summary.json", summary)
+    print(f"{ours}\n{seconds:.0f} s; results are in {config.out}")
+    return summary
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:

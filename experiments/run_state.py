@@ -70,10 +70,14 @@ def check_no_run(folder: Path, ways_out: str) -> None:
         raise InputError(f"{folder}: expected a folder without a run, got {finished} one{ways_out}")
 
 
-def discard_run(folder: Path) -> None:
-    """Removes the run that the folder holds, if any; an empty metrics.jsonl stays."""
+def discard_checkpoints(folder: Path) -> None:
     for step in checkpoints.saved_steps(folder):
         checkpoints.checkpoint_path(folder, step).unlink()
+
+
+def discard_run(folder: Path) -> None:
+    """Removes the run that the folder holds, if any; an empty metrics.jsonl stays."""
+    discard_checkpoints(folder)
     (folder / "metrics.jsonl").write_bytes(b"")
     (folder / "summary.json").unlink(missing_ok=True)
 

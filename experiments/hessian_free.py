@@ -1,0 +1,277 @@
+"""Hessian-free optimisation: does curvature teach a plain tanh network to remember for T steps?
+
+A gradient that vanishes over T steps is small, and so is the curvature along it. Conjugate
+gradients divide the one by the other (Martens 2010), and structural damping keeps the hidden states
+from changing more than a quadratic holds for (Martens and Sutskever 2011). The tasks, the networks
+and their initial weights are those of temporal_order and adding. A seed has solved the task at the
+first update after which at most 1 % of 10,000 new sequences are wrong. With `--first-order`, a
+method of long_lag_tasks trains the same networks for the same time, all at once.
+
+    python -m experiments.hessian_free --out runs/hessian_free
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from experiments import adding, cli, long_lag_tasks, run_state, temporal_order
+from experiments.hessian_free_objective import devices_for, objective, wrong_sequences
+from experiments.hessian_free_report import draw, of_run, summarize
+from experiments.hessian_free_update import (
+    Rules,
+    State,
+    hessian_free_update,
+    init_state,
+)
+from experiments.long_lag_tasks import CHUNK, SOLVED, Name, Task, init_networks
+from experiments.multi_seed import use_all_cores
+from experiments.reports import write_results
+from experiments.run_state import Run
+from jaxrnn import TrainState
+
+TASKS = {task.name: task for task in (temporal_order.TASK, adding.TASK)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Hessian-free optimisation of tanh networks on tasks with long lags."""
+
+    task: Literal["temporal order", "adding"] = "temporal order"
+    """The task."""
+    lengths: tuple[int, ...] = (200,)
+    """Sequence lengths T."""
+    updates: int = 60
+    """Maximal number of updates of each network."""
+    hidden_size: int = 50
+    """Hidden units, H."""
+    batch_size: int = 1024
+    """Sequences per update, B; all are new."""
+    gradient_batches: int = 8
+    """Batches that loss and gradient are means over; the curvature is that of the first."""
+    damping: float = 0.03
+    """Initial damping, lambda."""
+    structural: float = 0.1
+    """Structural damping relative to lambda, mu."""
+    cg_steps: int = 150
+    """Maximal number of conjugate gradient steps of an update."""
+    test_size: int = 10_000
+    """New test sequences after each update."""
+    first_order: Name | None = None
+    """Method of long_lag_tasks that trains the same networks for the same time, all at once."""
+    seeds: int = 6
+    """Number of networks."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    out: Path = Path("runs/hessian_free")
+    """Folder for metrics.jsonl, figure.png and summary.json."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `out`, with the same settings."""
+    overwrite: bool = False
+    """Discard the run that `out` holds."""
+    smoke: bool = False
+    """Use sizes that run in seconds, to check that everything works."""
+
+    def __post_init__(self):
+        cli.expect_values(self, "lengths")
+        counts = ("lengths", "updates", "hidden_size", "batch_size", "cg_steps", "test_size")
+        cli.expect_at_least(1, self, *counts, "gradient_batches", "seeds")
+        cli.expect_at_least(10, self, "lengths")
+        cli.expect_positive(self, "damping")
+        cli.expect_at_least(0, self, "structural")
+        cli.expect_seed(self)
+        if self.resume and self.overwrite:
+            raise cli.InputError("--overwrite: expected without --resume, got both")
+
+
+SMOKE = {
+    "lengths": (10,),
+    "updates": 2,
+    "hidden_size": 16,
+    "batch_size": 8,
+    "gradient_batches": 2,
+    "cg_steps": 3,
+    "test_size": 20,
+    "seeds": 2,
+}
+
+HESSIAN_FREE = "Hessian-free"
+
+CHECK_EVERY = 500
+"""Updates between checks of the first-order method."""
+
+
+def make_functions(config: Config, task: Task, T: int, unravel):
+    """update(state, key) -> (state, metrics) and error_rate(theta, key), over all devices."""
+    mesh = devices_for(config.batch_size)
+    rules = Rules(config.structural, config.cg_steps)
+    devices = mesh.shape["batch"]
+    chunks = devices * math.ceil(config.test_size / CHUNK / devices)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(None, None, "batch")), out_specs=P())
+    def update(state, batches):
+        return hessian_free_update(state, objective(task, batches, unravel), rules)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P())
+    def error_rate(theta, keys):
+        def chunk_error_rate(key):
+            batch = task.batch(key, T, math.ceil(config.test_size / chunks))
+            return wrong_sequences(task, unravel(theta), batch).mean()
+
+        return lax.pmean(lax.map(chunk_error_rate, keys).mean(), "batch")
+
+    def on_new_batches(state, key):
+        keys = jax.random.split(key, config.gradient_batches)
+        return update(state, jax.vmap(lambda key: task.batch(key, T, config.batch_size))(keys))
+
+    def on_new_sequences(theta, key):
+        return error_rate(theta, jax.random.split(key, chunks))
+
+    return NamedSharding(mesh, P()), jax.jit(on_new_batches), jax.jit(on_new_sequences)
+
+
+def first_order_config(config: Config, T: int, method: Name) -> long_lag_tasks.Config:
+    """The settings of long_lag_tasks with the same networks; time ends the updates."""
+    return long_lag_tasks.Config(
+        lengths=(T,), updates=10**6 * CHECK_EVERY, check_every=CHECK_EVERY, methods=(method,),
+        out=config.out, hidden_size=config.hidden_size, test_size=config.test_size,
+        seeds=config.seeds, seed=config.seed,
+    )  # fmt: skip
+
+
+def networks(config: Config, task: Task, T: int) -> tuple[Array, Callable]:
+    """The initial parameters of all seeds (seeds, P), as in long_lag_tasks, and their unravel."""
+    settings = first_order_config(config, T, "tanh")
+    (tanh,) = long_lag_tasks.methods(settings)
+    key_init, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
+    params = init_networks(settings, task, tanh, key_init)
+    unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], params))[1]
+    return jax.vmap(lambda params: ravel_pytree(params)[0])(params), unravel
+
+
+def is_trained(config: Config, rows: list[dict]) -> bool:
+    """Whether the network with these rows has solved the task, or has had all its updates."""
+    return bool(rows) and (rows[-1]["error"] <= SOLVED or rows[-1]["updates"] >= config.updates)
+
+
+def train(config: Config, task: Task, T: int, rows: list[dict], state: State | None = None):
+    """Trains one network after the other until it has solved the task.
+
+    Goes on from the rows of a stopped run, with the state after the last of them. Yields after each
+    update a row and the state; the row has the network's seed, updates and seconds, the error rate
+    and the metrics of the update.
+    """
+    thetas, unravel = networks(config, task, T)
+    _, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
+    replicated, update, error_rate = make_functions(config, task, T, unravel)
+    for seed, theta in enumerate(thetas):
+        done = of_run(rows, T, HESSIAN_FREE, seed)
+        if is_trained(config, done):
+            continue
+        if state is None or not done:
+            state = init_state(theta, config.damping)
+        state = jax.device_put(state, replicated)
+        start = time.monotonic() - (done[-1]["seconds"] if done else 0)
+        while not is_trained(config, done):
+            n = len(done) + 1
+            key = jax.random.fold_in(jax.random.fold_in(key_train, seed), n)
+            key_batch, key_test = jax.random.split(key)
+            state, metrics = update(state, key_batch)
+            error = error_rate(state.theta, key_test).item()
+            row = {"T": T, "method": HESSIAN_FREE, "seed": seed, "updates": n}
+            row |= {"seconds": time.monotonic() - start, "error": error}
+            row |= {name: value.item() for name, value in metrics._asdict().items()}
+            done.append(row)
+            yield row, state
+
+
+def train_first_order(config: Config, task: Task, T: int, method: Name, limit: float):
+    """Trains all networks at once by the first-order method until the time is up.
+
+    Yields the rows of all seeds at each check.
+    """
+    settings, start = first_order_config(config, T, method), time.monotonic()
+    for updates, errors in long_lag_tasks.train(
+        settings, task, T, *long_lag_tasks.methods(settings)
+    ):
+        seconds = time.monotonic() - start
+        row = {"T": T, "method": method, "updates": updates, "seconds": seconds}
+        yield [row | {"seed": seed, "error": error} for seed, error in enumerate(errors)]
+        if seconds >= limit or max(errors) <= SOLVED:
+            break
+
+
+def checkpoint(step: int, state: State) -> TrainState:
+    """What a checkpoint holds. No update is skipped: one without a finite loss is rejected."""
+    zero = jnp.zeros((), int)
+    return TrainState(zero + step, params=state, opt_state=(), skipped=zero)
+
+
+def train_all(config: Config, task: Task, run: Run, bar: tqdm) -> None:
+    """Trains at each T by both methods, and logs each update."""
+    theta = networks(config, task, config.lengths[0])[0][0]
+    state = run.restore(checkpoint(0, init_state(theta, config.damping)))
+
+    def log(row: dict) -> None:
+        run.log({"step": run.step + 1} | row)
+
+    for n, T in enumerate(config.lengths):
+        for row, now in train(config, task, T, run.rows, state.params):
+            log(row)
+            state = checkpoint(run.step, now)
+            bar.set_description(
+                f"T {T}, update {row['updates']}: loss {row['new_loss']:.4f}, "
+                f"damping {row['damping']:.1e}, {row['cg_steps']} CG steps"
+            )
+            bar.update(n * config.seeds + row["seed"] - bar.n)
+            run.save_if_due(state, last=False)
+        if config.first_order is None or of_run(run.rows, T, config.first_order, 0):
+            continue
+        seeds = [of_run(run.rows, T, HESSIAN_FREE, seed) for seed in range(config.seeds)]
+        limit = sum(rows[-1]["seconds"] for rows in seeds)
+        checks: list[dict] = []
+        for rows in train_first_order(config, task, T, config.first_order, limit):
+            checks += rows
+            bar.set_description(f"T {T}, {config.first_order}: {rows[0]['seconds']:.0f} s")
+            run.save_if_due(state, last=False)
+        for row in checks:  # all or none, so that a resumed run repeats them
+            log(row)
+    bar.update(bar.total - bar.n)
+    run.save_if_due(state, last=True)
+
+
+def main(config: Config) -> dict:
+    use_all_cores()
+    run_state.make_folder(config.out)
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    decisive = {k: v for k, v in settings.items() if k not in ("out", "overwrite", "resume")}
+    run = Run(config.out, decisive, resume=config.resume, overwrite=config.overwrite)
+    task, count = TASKS[config.task], len(config.lengths) * config.seeds
+    with run, tqdm(total=count, unit="network", disable=None) as bar:
+        train_all(config, task, run, bar)
+    ours, figures = summarize(run.rows)
+    summary = write_results(config, run.seconds, ours, partial(draw, task=task), **figures)
+    run_state.discard_checkpoints(config.out)  # there is nothing left to resume
+    return summary
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return cli.exit_status(lambda: main(cli.parse(Config, arguments, SMOKE)))
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,63 @@
+"""The loss of a batch that is split over devices, for Hessian-free optimisation."""
+
+import jax
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
+
+import jaxrnn
+from experiments.hessian_free_update import Objective
+from experiments.long_lag_tasks import Task
+from jaxrnn import Batch, curvature
+from jaxrnn.batches import step_weights
+
+
+def objective(task: Task, batches: Batch, unravel) -> Objective:
+    """The mean loss of the batches, with the curvature of the first, each device with its share.
+
+    All shares count the same number of steps, so the mean of their means is that of the batch.
+
+    Args:
+      task: Task.
+      batches: a Batch with a leading axis, that of the batches.
+      unravel: theta -> Params.
+    """
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+
+    def local(theta):
+        return unravel(lax.pcast(theta, "batch", to="varying"))
+
+    def value(theta):
+        def of_one(batch):
+            return jaxrnn.sequence_loss(local(theta), batch, loss=task.loss)[0]
+
+        return lax.pmean(lax.map(of_one, batches).mean(), "batch")
+
+    def gradient(theta):
+        def of_one(batch):
+            return ravel_pytree(jaxrnn.bptt(local(theta), batch, loss=task.loss)[1])[0]
+
+        return lax.pmean(lax.map(of_one, batches).mean(axis=0), "batch")
+
+    def gauss_newton(theta):
+        product = curvature.gauss_newton(local(theta), batch, loss=task.loss)
+
+        def of_all(v, structural=None):
+            return lax.pmean(ravel_pytree(product(local(v), structural))[0], "batch")
+
+        return of_all
+
+    return Objective(value, gradient, gauss_newton)
+
+
+def wrong_sequences(task: Task, params, batch: Batch) -> Array:
+    """(B,) bool: the output is wrong at a step that counts."""
+    _, ys = jaxrnn.unroll(params, batch.xs)
+    wrong = jax.vmap(task.wrong)(ys, batch.targets)
+    return (wrong & (step_weights(batch, params.W_h.dtype) > 0)).any(axis=0)
+
+
+def devices_for(size: int) -> Mesh:
+    """As many devices as divide the size."""
+    count = max(n for n in range(1, len(jax.devices()) + 1) if size % n == 0)
+    return Mesh(jax.devices()[:count], ("batch",))
