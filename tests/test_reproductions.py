@@ -24,6 +24,7 @@ NAMES = [
     "gradient_flow",
     "temporal_order",
     "adding",
+    "hessian_free",
     "copy_memory",
     "mnist_1d",
     "japanese_vowels",
@@ -258,6 +259,6 @@ def test_each_cell_is_one_result_of_the_summary_that_its_command_wrote(name):
     wanted = {
         name: value.name if isinstance(value, Path) else value
         for name, value in vars(config).items()
-        if name not in ("out", "overwrite")
+        if name not in ("out", "overwrite", "resume")
     }
     assert json.loads(json.dumps(wanted)) == summary["settings"]
