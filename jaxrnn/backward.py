@@ -164,8 +164,7 @@ def bptt(
       loss: g and its loss.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
         forward pass, and memory proportional to T/K + K instead of T. None stores all states.
-      loop: what runs the steps, such as `kernels.loop`. With another than the default, all steps
-        are one block, unless `checkpoint_every` is given.
+      loop: what runs the steps, such as `kernels.loop`.
 
     Returns:
       (L, h_T), grads: a scalar in float32 at least, (*batch, H), and Params in the parameters'
@@ -195,7 +194,7 @@ def bptt(
     if checkpoint_every:
         K = near_divisor(T, checkpoint_every)
     else:
-        K = block_steps(params, batch) if loop is scan else T
+        K = block_steps(params, batch, loop is not scan)
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
         states = block_states(params, block, h, activation, leak, loop)

@@ -13,20 +13,20 @@ from jaxrnn.batches import Batch, ones_per_step, per_step, steps_shape
 from jaxrnn.params import Params
 
 
-def block_steps(params: Params, batch: Batch) -> int:
+def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
 
     On a CPU, the arrays of a block fit the cache. Its products have about 512 rows, so that adding
     the gradient of a block to the sums costs little in comparison; more than 512 steps only if they
-    are at most 4,096 numbers. A GPU needs larger blocks. Each block copies its inputs; if these are
-    four times as large as all states, there is one block. So there is if W_x is twice as large as
-    all states, since each block copies its gradient.
+    are at most 4,096 numbers. Each block copies its inputs; if these are four times as large as all
+    states, there is one block. So there is if W_x is twice as large as all states, since each block
+    copies its gradient. A GPU needs larger blocks, and one block if each loop is `one_kernel`.
     """
     T, *batch_axes = steps_shape(batch.xs)
     if not all(isinstance(size, int) for size in (T, *batch_axes)):
         return T  # a symbol of jax.export
     if jax.default_backend() == "gpu":
-        return near_divisor(T, 128)
+        return T if one_kernel else near_divisor(T, 128)
     O, H = params.W_y.shape
     I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
     B = max(1, math.prod(batch_axes))

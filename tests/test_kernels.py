@@ -10,26 +10,19 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
-from jaxrnn import Batch, kernels, tiles
+from jaxrnn import kernels, tiles
 from jaxrnn.recurrence import recur, reverse_scan, scan
 from tests.conftest import default_and_thorough
 from tests.faults import KERNEL, with_fault
+from tests.kernel_cases import gradient, small_case
 from tests.reference import random_case, relative_errors
 
 interpreted = partial(kernels.loop, interpret=True)
 
 
-def gradient(loop, **keywords):
-    return partial(jaxrnn.bptt, loss=jaxrnn.squared_error, loop=loop, **keywords)
-
-
 @pytest.fixture(scope="module")
 def small():
-    keys = jax.random.split(jax.random.key(0), 4)
-    xs = jax.random.normal(keys[0], (20, 4, 3))
-    mask, reset = (jax.random.bernoulli(key, 0.8, (20, 4)) for key in keys[1:3])
-    batch = Batch(xs, jnp.sin(xs[..., :2]), mask, ~reset)
-    return jaxrnn.init(keys[3], 3, 5, 2), batch
+    return small_case()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ What a GPU computes, and how fast, is checked by `python -m experiments.kernel_c
 
 import sys
 import warnings
-from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import jaxrnn
 from jaxrnn import Activation, Batch, kernels
 from jaxrnn.recurrence import scan
 from tests.conftest import default_and_thorough
+from tests.kernel_cases import gradient, small_case
 from tests.reference import ACTIVATIONS, relative_errors
 
 TRITON = "__gpu$xla.gpu.triton"
@@ -33,8 +34,10 @@ def two_gpus() -> AbstractMesh:
 
 
 def lowered(fn, *arguments) -> str:
-    """The program for CUDA; later versions of JAX warn that they will drop the backend."""
-    with jax.sharding.use_abstract_mesh(two_gpus()), warnings.catch_warnings():
+    """The program of a machine with GPUs; later versions of JAX warn that they will drop the
+    backend."""
+    on_gpus = mock.patch.object(jax, "default_backend", return_value="gpu")
+    with on_gpus, jax.sharding.use_abstract_mesh(two_gpus()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
         return jax.jit(fn).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -51,17 +54,9 @@ def shapes(T=40, B=(5,), H=16, dtype=jnp.float32, options=False):
     return params, Batch(xs, targets, flags, flags)
 
 
-def gradient(loop, **keywords):
-    return partial(jaxrnn.bptt, loss=jaxrnn.squared_error, loop=loop, **keywords)
-
-
 @pytest.fixture(scope="module")
 def small():
-    keys = jax.random.split(jax.random.key(0), 4)
-    xs = jax.random.normal(keys[0], (20, 4, 3))
-    mask, reset = (jax.random.bernoulli(key, 0.8, (20, 4)) for key in keys[1:3])
-    batch = Batch(xs, jnp.sin(xs[..., :2]), mask, ~reset)
-    return jaxrnn.init(keys[3], 3, 5, 2), batch
+    return small_case()
 
 
 CLASSES = [
@@ -181,11 +176,14 @@ def test_symbolic_sizes_take_the_scan(small):
     assert max(relative_errors(got, gradient(scan)(params, batch))) <= 1e-6
 
 
-def test_on_a_cpu_the_program_is_that_of_the_scan(small):
-    """Bit by bit; the kernel, which no CPU can run, is not in it. It can be exported."""
-    one_block = gradient(lambda *arguments, **keywords: scan(*arguments, **keywords))
-    with_kernel = jax.jit(gradient(kernels.loop))
-    expected = jax.jit(one_block)(*small)
-    jax.tree.map(np.testing.assert_array_equal, with_kernel(*small), expected)
-    exported = jax.export.export(with_kernel)(*small).call(*small)
+def test_on_a_cpu_the_program_is_that_of_the_scan():
+    """Bit by bit, with its blocks; the kernel, which no CPU can run, is not in it. It can be
+    exported."""
+    case = small_case(T=2000)
+    with_kernel, plain = (jax.jit(gradient(loop)) for loop in (kernels.loop, scan))
+    expected = plain(*case)
+    loops = [fn.lower(*case).compile().as_text().count(" while(") for fn in (with_kernel, plain)]
+    assert loops == [4, 4]  # over blocks and over steps, forward and backward
+    jax.tree.map(np.testing.assert_array_equal, with_kernel(*case), expected)
+    exported = jax.export.export(with_kernel)(*case).call(*case)
     assert max(relative_errors(exported, expected)) <= 1e-6
