@@ -18,6 +18,7 @@ def rows_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thorough
 def test_every_method_is_measured_and_a_missing_peer_is_named(tmp_path, capsys):
     assert benchmark.run(["--smoke", "--devices", "2", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path)

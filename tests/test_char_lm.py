@@ -50,6 +50,7 @@ def test_a_run_writes_its_files_and_learns(trained):
     assert set(sample) <= set(TEXT)
 
 
+@pytest.mark.thorough
 def test_the_seed_decides_the_run(text, tmp_path):
     rows = []
     for name, seed in [("a", "3"), ("b", "3"), ("c", "4")]:

@@ -17,7 +17,7 @@ import pytest
 
 from experiments import char_lm, run_state
 from tests.char_lm_runs import SIZES, train
-from tests.conftest import FAST_COMPILATION, default_and_thorough
+from tests.conftest import FAST_COMPILATION
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,10 +79,8 @@ def test_processes_have_the_losses_and_gradients_of_one_which_they_continue(
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 20
 
 
-@pytest.mark.parametrize(
-    ("count", "victim"),
-    default_and_thorough([(2, 1)], [(2, 0), (2, 1), (4, 0), (4, 1)], unpack=True),
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("count", "victim"), [(2, 0), (2, 1), (4, 0), (4, 1)])
 def test_a_process_that_dies_ends_the_others_and_the_run_resumes(
     count, victim, text, tmp_path, of_one_process
 ):

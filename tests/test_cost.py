@@ -39,7 +39,10 @@ def test_checkpointing_takes_a_tenth_of_the_memory_of_the_plain_scan(T):
     assert temporary(near_root(T), T) <= temporary(by_plain_autodiff, T) / 10
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": jnp.bool_, "reset": jnp.bool_}])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.thorough), {"mask": jnp.bool_, "reset": jnp.bool_}],
+)
 def test_memory_with_checkpointing_grows_like_the_root_of_T(options):
     """Sixteen times T takes four times the memory, but for the weights that the options make."""
     short, long = (temporary(near_root(T), T, **options) for T in (1024, 16 * 1024))
@@ -59,7 +62,7 @@ def test_no_one_hot_inputs_or_outputs_of_all_steps_are_stored():
     assert temporary(jaxrnn.bptt, T, **sizes) <= T * B * 1000 * 4 / 10
 
 
-@pytest.mark.parametrize("H", [256, 512])
+@pytest.mark.parametrize("H", default_and_thorough([512], [256, 512]))
 def test_many_dense_inputs_take_no_more_memory_than_the_plain_scan(H):
     bptt, plain = (temporary(fn, 50, B=32, I=4096, H=H) for fn in (jaxrnn.bptt, by_plain_autodiff))
     assert bptt <= plain

@@ -83,7 +83,7 @@ def agrees(module, fault_case, tolerance) -> bool:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("fault", default_and_thorough(list(FAULTS)[::2], FAULTS), ids=str)
+@pytest.mark.parametrize("fault", default_and_thorough(list(FAULTS)[::4], FAULTS), ids=str)
 def test_a_fault_is_caught(fault, fault_case):
     faulty = with_fault([recurrence, linearization, curvature], *FAULTS[fault])
     faulty.block_steps = lambda *_: 6

@@ -88,7 +88,10 @@ def test_a_search_ends_at_the_precision_of_its_dtype():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("activation", ["tanh", "relu", "sigmoid", "softplus"])
+@pytest.mark.parametrize(
+    "activation",
+    default_and_thorough(["tanh", "softplus"], ["tanh", "relu", "sigmoid", "softplus"]),
+)
 @pytest.mark.parametrize("steps", default_and_thorough([2], [1, 2, 30]))
 def test_the_speed_never_rises_and_tells_what_has_converged(activation, steps):
     f, starts = getattr(jaxrnn, activation), 3 * draw(1, 50, 6)
@@ -147,7 +150,11 @@ def test_a_start_that_is_not_finite_is_marked_and_leaves_the_others_alone():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("leak", [0.2, np.linspace(0.1, 1, 6)], ids=["one", "for each unit"])
+@pytest.mark.parametrize(
+    "leak",
+    [pytest.param(0.2, marks=pytest.mark.thorough), np.linspace(0.1, 1, 6)],
+    ids=["one", "for each unit"],
+)
 def test_a_leak_keeps_the_points_and_changes_their_jacobians(leak):
     params = network(0, 2, 6)._replace(W_h=jnp.asarray(3 * draw(2, 6, 6)))
     without = find(params, draw(1, 30, 6))
@@ -274,6 +281,7 @@ def test_a_wrong_type_on_the_host_is_named():
         stability(np.eye(2), margin=None)
 
 
+@pytest.mark.thorough
 def test_networks_split_over_devices_are_searched_without_communication():
     mesh = jax.sharding.Mesh(jax.devices()[:2], "networks")
     split = jax.sharding.PartitionSpec("networks")

@@ -85,7 +85,7 @@ def finds_what_is_known(module) -> bool:
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "fault",
-    default_and_thorough(list(FAULTS)[::4], FAULTS),
+    default_and_thorough(list(FAULTS)[::8], FAULTS),
     ids=lambda fault: fault.replace(" ", "-"),
 )
 def test_a_planted_fault_is_caught(fault):

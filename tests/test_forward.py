@@ -82,7 +82,7 @@ def test_masked_sequences_equal_the_sequences_without_padding():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("resets", [(0,), (6,), (2, 5), range(7)])
+@pytest.mark.parametrize("resets", default_and_thorough([(2, 5)], [(0,), (6,), (2, 5), range(7)]))
 def test_pieces_between_resets_equal_separate_sequences(resets):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs = jax.random.normal(jax.random.key(1), (7, 3))
@@ -142,41 +142,42 @@ def directions(tree, seed):
     return structure.unflatten([jnp.asarray(rng.normal(size=leaf.shape)) for leaf in leaves])
 
 
+TRANSFORMS = {
+    "grad by parameters": lambda f, p, x, h: jax.grad(f)(p, x, h),
+    "grad by inputs": lambda f, p, x, h: jax.grad(f, 1)(p, x, h),
+    "grad by h_0": lambda f, p, x, h: jax.grad(f, 2)(p, x, h),
+    "jit": lambda f, p, x, h: jax.jit(jax.grad(f))(p, x, h),
+    "jvp": lambda f, p, x, h: jax.jvp(f, (p, x, h), directions((p, x, h), 1)),
+    "checkpoint": lambda f, p, x, h: jax.grad(jax.checkpoint(f))(p, x, h),
+    "hessian": lambda f, p, x, h: jax.hessian(f)(p, x, h),
+    "reverse over reverse": lambda f, p, x, h: jax.jacrev(jax.grad(f))(p, x, h),
+    "forward over reverse": lambda f, p, x, h: jax.jvp(
+        jax.grad(f), (p, x, h), directions((p, x, h), 2)
+    ),
+    "third derivative": lambda f, p, x, h: jax.jvp(
+        lambda h: jax.jvp(jax.grad(f, 2), (p, x, h), directions((p, x, h), 3))[1],
+        (h,),
+        (directions(h, 4),),
+    ),
+    "vmap over parameters": lambda f, p, x, h: jax.vmap(jax.grad(f), (0, None, None))(
+        jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), p), x, h
+    ),
+    "vmap over inputs": lambda f, p, x, h: jax.vmap(jax.grad(f), (None, 0, None))(
+        p, jnp.stack([x, 2 * x]), h
+    ),
+}
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "transform",
-    {
-        "grad by parameters": lambda f, p, x, h: jax.grad(f)(p, x, h),
-        "grad by inputs": lambda f, p, x, h: jax.grad(f, 1)(p, x, h),
-        "grad by h_0": lambda f, p, x, h: jax.grad(f, 2)(p, x, h),
-        "jit": lambda f, p, x, h: jax.jit(jax.grad(f))(p, x, h),
-        "jvp": lambda f, p, x, h: jax.jvp(f, (p, x, h), directions((p, x, h), 1)),
-        "checkpoint": lambda f, p, x, h: jax.grad(jax.checkpoint(f))(p, x, h),
-        "hessian": lambda f, p, x, h: jax.hessian(f)(p, x, h),
-        "reverse over reverse": lambda f, p, x, h: jax.jacrev(jax.grad(f))(p, x, h),
-        "forward over reverse": lambda f, p, x, h: jax.jvp(
-            jax.grad(f), (p, x, h), directions((p, x, h), 2)
-        ),
-        "third derivative": lambda f, p, x, h: jax.jvp(
-            lambda h: jax.jvp(jax.grad(f, 2), (p, x, h), directions((p, x, h), 3))[1],
-            (h,),
-            (directions(h, 4),),
-        ),
-        "vmap over parameters": lambda f, p, x, h: jax.vmap(jax.grad(f), (0, None, None))(
-            jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf]), p), x, h
-        ),
-        "vmap over inputs": lambda f, p, x, h: jax.vmap(jax.grad(f), (None, 0, None))(
-            p, jnp.stack([x, 2 * x]), h
-        ),
-    }.items(),
-    ids=lambda item: item[0].replace(" ", "-"),
+    "name", default_and_thorough(["jit", "jvp", "hessian", "vmap over parameters"], TRANSFORMS)
 )
-def test_transformations_equal_those_of_the_plain_scan(transform, small):
+def test_transformations_equal_those_of_the_plain_scan(name, small):
     def run(loss_fn, params, xs, h_0):
         def f(params, xs, h_0):
             return loss_fn(params, small.batch._replace(xs=xs), h_0)[0]
 
-        return transform[1](f, params, xs, h_0)
+        return TRANSFORMS[name](f, params, xs, h_0)
 
     arguments = small.params, small.batch.xs, small.h_0
     got = jax.jit(partial(run, jaxrnn.sequence_loss))(*arguments)

@@ -21,7 +21,6 @@ from experiments.hessian_free_update import (
     new_damping,
 )
 from experiments.run_state import Run
-from tests.conftest import default_and_thorough
 
 SIZE = 40
 
@@ -185,6 +184,7 @@ def test_damping_follows_the_reduction_ratio():
     assert new_damping(2.0, jnp.nan) == new_damping(2.0, jnp.inf * -1) == 6
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_the_objective_over_devices_is_that_of_the_whole_batch():
     task, T = temporal_order.TASK, 12
@@ -228,6 +228,7 @@ def test_a_sequence_is_wrong_if_one_of_its_steps_that_count_is():
     assert wrong.tolist() == [True, False, True]
 
 
+@pytest.mark.thorough
 def test_a_short_temporal_order_is_solved_in_a_few_updates():
     settings = {"hidden_size": 16, "batch_size": 256, "gradient_batches": 2, "seeds": 1}
     config = hessian_free.Config(lengths=(10,), updates=15, test_size=1_000, **settings)
@@ -243,7 +244,8 @@ def lines(folder):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-@pytest.mark.parametrize("stops", default_and_thorough([(3,)], [(3,), (1, 2), (4,)]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("stops", [(3,), (1, 2), (4,)])
 def test_a_stopped_run_resumes_bit_identically(stops, tmp_path, monkeypatch, capsys, usual_signals):
     """Stopped within a network, at its end, and at that of the last one."""
     flags = ["--smoke", "--first-order", "None"]

@@ -17,6 +17,7 @@ from experiments.cli import InputError
 from experiments.long_lag_tasks import last_step
 from experiments.online_learning import Config
 from jaxrnn import Batch
+from tests.conftest import default_and_thorough
 from tests.recipe_cases import draw, network
 from tests.reference import relative_errors
 
@@ -93,7 +94,7 @@ def test_a_window_over_the_whole_stream_has_the_gradient_of_rtrl():
     assert errors[3] > 1e-3
 
 
-@pytest.mark.parametrize("name", ["window 2", "UORO"])
+@pytest.mark.parametrize("name", default_and_thorough(["UORO"], ["window 2", "UORO"]))
 def test_the_stream_goes_on_from_check_to_check(name):
     """Two checks of four updates are one of eight."""
     states = []

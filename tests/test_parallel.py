@@ -162,7 +162,13 @@ def with_explicit_sharding():
         [(True, False)], [(False, False), (False, True), (True, False), (True, True)], unpack=True
     ),
 )
-@pytest.mark.parametrize("name", with_explicit_sharding())
+@pytest.mark.parametrize(
+    "name",
+    default_and_thorough(
+        ["bptt with options", "sequence_loss with options", "unroll", "update"],
+        with_explicit_sharding(),
+    ),
+)
 def test_explicit_sharding_gives_the_same_results(name, options, tokens):
     """The batch is split over the mesh, and JAX propagates its sharding in the types."""
     case = random_case(

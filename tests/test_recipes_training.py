@@ -19,6 +19,7 @@ from experiments.recipes import (
     state_space,
     sweep,
 )
+from tests.conftest import default_and_thorough
 from tests.recipe_cases import labelled_batch, network, plain_training
 from tests.reference import relative_errors
 
@@ -38,7 +39,7 @@ def test_an_ensemble_on_two_devices_is_each_seed_alone():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("way", ["map", "vmap"])
+@pytest.mark.parametrize("way", default_and_thorough(["vmap"], ["map", "vmap"]))
 def test_a_sweep_is_each_learning_rate_alone(way):
     params, batch = network(0, 2, 4), labelled_batch()
     rates = jnp.array([0.1, 1.0])

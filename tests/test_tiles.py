@@ -11,6 +11,7 @@ from jax import lax
 import jaxrnn
 from jaxrnn import tiles
 from jaxrnn.recurrence import recur, reverse_scan, scan
+from tests.conftest import default_and_thorough
 from tests.reference import relative_errors
 
 
@@ -42,7 +43,7 @@ def both_loops(loop, W_h, zs, h, leak, flags):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", default_and_thorough(range(3), range(6)))
 def test_every_shape_equals_the_scan(seed, monkeypatch):
     """Any T in pieces, H and B in whole tiles, any batch axes."""
     rng, seen = np.random.default_rng(seed), []

@@ -8,6 +8,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch, training
+from tests.conftest import default_and_thorough
 
 sequence_loss = jax.jit(jaxrnn.sequence_loss)
 
@@ -61,7 +62,7 @@ def test_patience_and_tolerance_count_evaluations(params):
     assert len(result.history) == 2
 
 
-@pytest.mark.parametrize("batch_size", [None, 16, 50, 1000])
+@pytest.mark.parametrize("batch_size", default_and_thorough([16], [None, 16, 50, 1000]))
 def test_every_example_counts_once_an_epoch(params, batch_size):
     """With the parameters held still, the epoch's mean loss is the loss of the whole data, even
     where the last minibatch is not full."""
