@@ -28,21 +28,22 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import scipy.io
 from jax import lax
-from scipy.io.matlab import MatReadError
 from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
-from experiments.cli import InputError
 from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
+from experiments.music_data import lay_out, read
 from experiments.regularizer import regularizer
 from experiments.reports import Report, finite, mean_and_spread
 from jaxrnn import Activation, Batch, Params, TrainState, binary_cross_entropy, relu, tanh
 
 ACTIVATIONS = {"tanh": tanh, "relu": relu}
 METHODS = ("alone", "+ clipping", "+ clipping + regulariser")
+UPDATES = 220
+"""Updates of an epoch by default, however long the music is, so that one learning rate and one
+number of epochs serve every file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Config:
     """Hidden units, H; 467 give 300,000 parameters, the published number for JSB."""
     radius: float = 0.25
     """Initial spectral radius of W_h, a scaled orthogonal matrix."""
-    batch_size: int = 4
-    """Parallel streams of pieces, B."""
+    batch_size: int | None = None
+    """Parallel streams of pieces, B; by default so many that an epoch has about 220 updates."""
     window: int = 16
     """Steps of backpropagation through time, T."""
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -97,46 +98,13 @@ class Config:
 SMOKE = {"epochs": 2, "hidden_size": 4, "batch_size": 2, "window": 8, "seeds": 2}
 
 
-def read(path: Path | None) -> dict[str, list[np.ndarray]]:
-    """The pieces of each part, (T_n, 88) arrays of zeros and ones."""
-    if path is None:
-        raise InputError("--data: expected a .mat file of piano rolls, got none")
-    try:
-        with path.open("rb") as stream:
-            file = scipy.io.loadmat(stream)
-        parts = {part: list(file[f"{part}data"][0]) for part in ("train", "valid", "test")}
-    except OSError as error:
-        raise InputError(f"{path}: expected a readable .mat file: {error.strerror}") from None
-    except (KeyError, ValueError, IndexError, TypeError, MatReadError) as error:
-        raise InputError(f"{path}: expected piano rolls as .mat, got: {error}") from None
-    return {name: [np.asarray(piece, np.uint8) for piece in part] for name, part in parts.items()}
-
-
-def lay_out(rng, pieces: list[np.ndarray], config: Config) -> Batch:
-    """Whole pieces, in random order, in streams of similar length: windows (windows, T, B, ...).
-
-    The target of a step is the next step of its piece. The mask is False after the end of a stream.
-    The number of windows is the same for any order.
-    """
-    B, T, notes = config.batch_size, config.window, pieces[0].shape[1]
-    streams: list[list[np.ndarray]] = [[] for _ in range(B)]
-    lengths = np.zeros(B, int)
-    for n in sorted(rng.permutation(len(pieces)), key=lambda n: -len(pieces[n])):
-        shortest = lengths.argmin()
-        streams[shortest].append(pieces[n])
-        lengths[shortest] += len(pieces[n]) - 1
-    windows = -(-lengths.max() // T)
-    xs, targets = np.zeros((2, windows * T, B, notes), np.uint8)
-    mask, reset = np.zeros((2, windows * T, B), bool)
-    for b, stream in enumerate(streams):
-        at = 0
-        for n in rng.permutation(len(stream)):
-            piece, end = stream[n], at + len(stream[n]) - 1
-            xs[at:end, b], targets[at:end, b] = piece[:-1], piece[1:]
-            mask[at:end, b], reset[at, b] = True, True
-            at = end
-    flat = Batch(xs, targets, mask, reset)
-    return jax.tree.map(lambda leaf: leaf.reshape(windows, T, *leaf.shape[1:]), flat)
+def with_batch_size(config: Config, pieces: list[np.ndarray]) -> Config:
+    """The settings with a batch size, which follows from the training pieces if none is given."""
+    if config.batch_size is not None:
+        return config
+    steps = sum(len(piece) - 1 for piece in pieces)
+    batch_size = max(1, round(steps / (config.window * UPDATES)))
+    return dataclasses.replace(config, batch_size=batch_size)
 
 
 def as_floats(batch: Batch) -> Batch:
@@ -204,10 +172,10 @@ def init_states(config: Config, notes: int, optimizer) -> TrainState:
 
 def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):
     """Yields after each epoch the training, validation and test NLL of all seeds."""
+    B, T = config.batch_size, config.window
     rngs = [np.random.default_rng((config.seed, n)) for n in range(config.seeds)]
-    windows = len(lay_out(rngs[0], pieces["train"], config).xs)  # for any order of the pieces
-    wide = dataclasses.replace(config, batch_size=16)
-    valid, test = (lay_out(rngs[0], pieces[part], wide) for part in ("valid", "test"))
+    windows = len(lay_out(rngs[0], pieces["train"], B, T).xs)  # for any order of the pieces
+    valid, test = (lay_out(rngs[0], pieces[part], 16, T) for part in ("valid", "test"))
     evaluate = partial(mean_nll, activation=ACTIVATIONS[config.activation])
     optimizer = make_optimizer(config, method, windows * config.epochs)
     update = jaxrnn.make_update(make_gradient_fn(config, method), optimizer)
@@ -224,7 +192,7 @@ def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):
 
     state = shard_seeds(init_states(config, pieces["train"][0].shape[1], optimizer))
     for _ in range(config.epochs):
-        layouts = [lay_out(rng, pieces["train"], config) for rng in rngs]
+        layouts = [lay_out(rng, pieces["train"], B, T) for rng in rngs]
         batches = shard_seeds(jax.tree.map(lambda *leaves: np.stack(leaves), *layouts))
         state, losses = run_epoch(state, batches)
         results = losses, evaluate(state.params, valid), evaluate(state.params, test)
@@ -271,6 +239,7 @@ def main(config: Config) -> dict:
     pieces = read(config.data)
     use_all_cores()
     report = Report(config)
+    config = with_batch_size(config, pieces["train"])
     results = {}
     for method in METHODS:
         bar = tqdm(train(config, method, pieces), total=config.epochs, unit="epoch", disable=None)
@@ -286,6 +255,7 @@ def main(config: Config) -> dict:
         f"{name}: {'; '.join(texts)}",
         partial(draw, published=config.published),
         test={method: finite(test) for method, test in results.items()},
+        batch_size=config.batch_size,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from experiments import polyphonic_music
+from experiments import music_data, polyphonic_music
 from jaxrnn import Batch
 
 
@@ -48,10 +48,9 @@ def test_results_of_diverged_networks_are_valid_json(music, tmp_path):
 
 def test_pieces_are_laid_out_whole(music):
     """Each piece once, next to its own next steps; a mean over windows is that over pieces."""
-    rolls = polyphonic_music.read(music)["train"]
-    config = polyphonic_music.Config(batch_size=2, window=4)
+    rolls = music_data.read(music)["train"]
     rng = np.random.default_rng(1)
-    batches = polyphonic_music.lay_out(rng, rolls, config)
+    batches = music_data.lay_out(rng, rolls, 2, 4)
     flat = [np.asarray(leaf).reshape(-1, *leaf.shape[2:]) for leaf in batches[:4]]
     xs, targets, mask, reset = flat
     found = []
@@ -64,7 +63,7 @@ def test_pieces_are_laid_out_whole(music):
     assert sorted(found) == sorted(roll.tobytes() for roll in rolls)
     assert batches.mask.any(axis=(1, 2)).all()
     for _ in range(20):
-        assert len(polyphonic_music.lay_out(rng, rolls, config).xs) == len(batches.xs)
+        assert len(music_data.lay_out(rng, rolls, 2, 4).xs) == len(batches.xs)
 
     params = jaxrnn.init(jax.random.key(0), 88, 5, 88)
     sums, steps = 0.0, 0
@@ -79,3 +78,13 @@ def test_pieces_are_laid_out_whole(music):
     assert polyphonic_music.mean_nll(stacked, batches, activation=jaxrnn.relu)[0] == pytest.approx(
         float(sums) / steps, rel=1e-5
     )
+
+
+@pytest.mark.parametrize(("pieces", "steps"), [(3, 50), (230, 61), (700, 250)])
+def test_by_default_an_epoch_has_about_as_many_updates_for_any_file(pieces, steps):
+    rolls = [np.zeros((steps, 88), np.uint8)] * pieces
+    config = polyphonic_music.with_batch_size(polyphonic_music.Config(), rolls)
+    windows = len(music_data.lay_out(np.random.default_rng(0), rolls, config.batch_size, 16).xs)
+    assert windows <= 10 if pieces == 3 else 0.8 * 220 < windows < 1.2 * 220
+    given = polyphonic_music.Config(batch_size=5)
+    assert polyphonic_music.with_batch_size(given, rolls) == given
