@@ -2,8 +2,9 @@
 
 A gradient that vanishes over T steps is small, and so is the curvature along it. Conjugate
 gradients divide the one by the other (Martens 2010), and structural damping keeps the hidden states
-from changing more than a quadratic holds for (Martens and Sutskever 2011). The tasks, the networks
-and their initial weights are those of temporal_order and adding. A seed has solved the task at the
+from changing more than a quadratic holds for (Martens and Sutskever 2011). The networks and their
+initial weights are those of temporal_order, the tasks those of temporal_order, adding and
+memory_tasks. A seed has solved the task at the
 first update after which at most 1 % of 10,000 new sequences are wrong. With `--first-order`, a
 method of long_lag_tasks trains the same networks for the same time, all at once.
 
@@ -28,8 +29,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from experiments import adding, cli, long_lag_tasks, run_state, temporal_order
-from experiments.hessian_free_objective import devices_for, objective, wrong_sequences
+from experiments import adding, cli, long_lag_tasks, memory_tasks, run_state, temporal_order
+from experiments.hessian_free_objective import devices_for, objective
 from experiments.hessian_free_report import draw, of_run, summarize
 from experiments.hessian_free_update import (
     Rules,
@@ -37,20 +38,24 @@ from experiments.hessian_free_update import (
     hessian_free_update,
     init_state,
 )
-from experiments.long_lag_tasks import CHUNK, SOLVED, Name, Task, init_networks
+from experiments.long_lag_tasks import CHUNK, SOLVED, Name, Task, init_networks, wrong_sequences
 from experiments.multi_seed import use_all_cores
 from experiments.reports import write_results
 from experiments.run_state import Run
 from jaxrnn import TrainState
 
-TASKS = {task.name: task for task in (temporal_order.TASK, adding.TASK)}
+TASKS = {task.name: task for task in (temporal_order.TASK, adding.TASK, *memory_tasks.TASKS)}
+TaskName = Literal[
+    "temporal order", "adding", "multiplication", "3-bit temporal order", "random permutation",
+    "5-bit memorisation", "20-bit memorisation",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Hessian-free optimisation of tanh networks on tasks with long lags."""
 
-    task: Literal["temporal order", "adding"] = "temporal order"
+    task: TaskName = "temporal order"
     """The task."""
     lengths: tuple[int, ...] = (200,)
     """Sequence lengths T."""

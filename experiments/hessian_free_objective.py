@@ -1,7 +1,7 @@
 """The loss of a batch that is split over devices, for Hessian-free optimisation."""
 
 import jax
-from jax import Array, lax
+from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
@@ -9,7 +9,6 @@ import jaxrnn
 from experiments.hessian_free_update import Objective
 from experiments.long_lag_tasks import Task
 from jaxrnn import Batch, curvature
-from jaxrnn.batches import step_weights
 
 
 def objective(task: Task, batches: Batch, unravel) -> Objective:
@@ -48,13 +47,6 @@ def objective(task: Task, batches: Batch, unravel) -> Objective:
         return of_all
 
     return Objective(value, gradient, gauss_newton)
-
-
-def wrong_sequences(task: Task, params, batch: Batch) -> Array:
-    """(B,) bool: the output is wrong at a step that counts."""
-    _, ys = jaxrnn.unroll(params, batch.xs)
-    wrong = jax.vmap(task.wrong)(ys, batch.targets)
-    return (wrong & (step_weights(batch, params.W_h.dtype) > 0)).any(axis=0)
 
 
 def devices_for(size: int) -> Mesh:

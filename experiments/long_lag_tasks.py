@@ -108,9 +108,9 @@ class Task(NamedTuple):
       batch: (key, T, B) -> a Batch of new sequences.
       input_size: I.
       output_size: O.
-      loss: the loss of the last step.
-      wrong: (y, target) of the last step -> bool for each sequence.
-      published: the method that solves the task in the source.
+      loss: the loss of the steps that count.
+      wrong: (y, target) of such a step -> bool for each sequence.
+      published: the method that solves the task in the source, for the figure.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Task(NamedTuple):
     output_size: int
     loss: Loss
     wrong: Callable
-    published: Name
+    published: Name | None = None
 
 
 class Method(NamedTuple):
@@ -192,6 +192,12 @@ def make_gradient_fn(task: Task, method: Method):
     return partial(jaxrnn.bptt, **options)
 
 
+def wrong_sequences(task: Task, params: Params, batch: Batch, f: Activation = jaxrnn.tanh):
+    """(B,) bool: the output is wrong at a step that counts."""
+    _, ys = jaxrnn.unroll(params, batch.xs, activation=f)
+    return (jax.vmap(task.wrong)(ys, batch.targets) & (batch.weights > 0)).any(axis=0)
+
+
 def error_rate(config: Config, task: Task, T: int, f: Activation, params, key):
     """The share of wrong answers on new sequences, in chunks that fit in memory."""
     chunks = math.ceil(config.test_size / CHUNK)
@@ -199,8 +205,7 @@ def error_rate(config: Config, task: Task, T: int, f: Activation, params, key):
 
     def chunk_error_rate(key):
         batch = task.batch(key, T, chunk_size)
-        h_T, _ = jaxrnn.hidden_states(params, batch.xs, activation=f)
-        return task.wrong(jaxrnn.readout(params, h_T), batch.targets[-1]).mean()
+        return wrong_sequences(task, params, batch, f).mean()
 
     return lax.map(chunk_error_rate, jax.random.split(key, chunks)).mean()
 

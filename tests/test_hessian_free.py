@@ -11,7 +11,13 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
-from experiments import hessian_free, hessian_free_objective, hessian_free_report, temporal_order
+from experiments import (
+    hessian_free,
+    hessian_free_objective,
+    hessian_free_report,
+    long_lag_tasks,
+    temporal_order,
+)
 from experiments.conjugate_gradients import conjugate_gradients, saved_steps
 from experiments.hessian_free_update import (
     Objective,
@@ -224,7 +230,7 @@ def test_a_sequence_is_wrong_if_one_of_its_steps_that_count_is():
     targets = xs.at[0, 0].set(1).at[1, 1].set(0).at[2, 2].set(0)
     weights = jnp.ones((3, 3)).at[1].set(0)
     batch = jaxrnn.Batch(xs, targets, weights=weights)
-    wrong = hessian_free_objective.wrong_sequences(temporal_order.TASK, params, batch)
+    wrong = long_lag_tasks.wrong_sequences(temporal_order.TASK, params, batch)
     assert wrong.tolist() == [True, False, True]
 
 
