@@ -39,6 +39,7 @@ def test_every_method_is_measured_and_a_missing_peer_is_named(tmp_path, capsys):
         assert measured == (version is not None) != (f"{name} is not installed" in printed.err)
 
 
+@pytest.mark.thorough
 def test_a_baseline_is_measured_beside_the_present_version(tmp_path):
     shutil.copytree(ROOT / "jaxrnn", tmp_path / "old" / "jaxrnn")
     flags = ["--baseline", str(tmp_path / "old"), "--out", str(tmp_path / "out")]

@@ -5,7 +5,6 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from jaxrnn import curvature, linearization, recurrence
-from tests.conftest import default_and_thorough
 from tests.faults import with_fault
 from tests.reference import relative_errors
 from tests.test_curvature import AGREEMENT, dense, draw, random_direction
@@ -82,8 +81,9 @@ def agrees(module, fault_case, tolerance) -> bool:
     return True
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("fault", default_and_thorough(list(FAULTS)[::4], FAULTS), ids=str)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught(fault, fault_case):
     faulty = with_fault([recurrence, linearization, curvature], *FAULTS[fault])
     faulty.block_steps = lambda *_: 6

@@ -74,6 +74,7 @@ def test_a_hopfield_network_has_a_stable_fixed_point_at_each_pattern_and_its_opp
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_a_search_ends_at_the_precision_of_its_dtype():
     params = network(0, 2, 30)
@@ -90,7 +91,7 @@ def test_a_search_ends_at_the_precision_of_its_dtype():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "activation",
-    default_and_thorough(["tanh", "softplus"], ["tanh", "relu", "sigmoid", "softplus"]),
+    default_and_thorough(["tanh"], ["tanh", "relu", "sigmoid", "softplus"]),
 )
 @pytest.mark.parametrize("steps", default_and_thorough([2], [1, 2, 30]))
 def test_the_speed_never_rises_and_tells_what_has_converged(activation, steps):

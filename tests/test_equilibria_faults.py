@@ -9,7 +9,6 @@ import pytest
 
 import jaxrnn
 from jaxrnn import equilibria, jacobians
-from tests.conftest import default_and_thorough
 from tests.faults import with_fault
 from tests.recipe_cases import draw, network
 from tests.test_equilibria import units
@@ -82,16 +81,18 @@ def finds_what_is_known(module) -> bool:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "fault",
-    default_and_thorough(list(FAULTS)[::8], FAULTS),
+    FAULTS,
     ids=lambda fault: fault.replace(" ", "-"),
 )
 def test_a_planted_fault_is_caught(fault):
     assert not finds_what_is_known(with_fault([jacobians, equilibria], *FAULTS[fault]))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_without_a_fault_nothing_is_caught():
     assert finds_what_is_known(with_fault([jacobians, equilibria], "n < steps", "n < steps"))

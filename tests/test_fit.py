@@ -11,6 +11,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch, checkpoints
+from tests.conftest import default_and_thorough
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def as_bytes(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("as_batches", [False, True])
+@pytest.mark.parametrize("as_batches", default_and_thorough([True], [False, True]))
 def test_without_held_out_data_best_has_the_lowest_loss_that_was_measured(
     as_batches, params, batch
 ):
@@ -245,6 +246,7 @@ def test_an_epoch_without_an_applied_update_does_not_wait(patience, params, batc
     assert not result.converged
 
 
+@pytest.mark.thorough
 def test_examples_may_have_several_batch_axes(params, batch):
     def paired(leaf):
         return leaf.reshape(7, 3, 2, *leaf.shape[2:])

@@ -36,7 +36,7 @@ def test_unroll_equals_the_plain_scan(structure):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", default_and_thorough(["tanh", "relu"], ACTIVATIONS))
 def test_unroll_equals_a_scan_over_step(name):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
     xs, h_0 = jax.random.normal(jax.random.key(1), (7, 4, 3)), jnp.ones((4, 5))

@@ -47,6 +47,7 @@ def test_all_of_it_runs(tmp_path, capsys, monkeypatch):
     }  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_a_kernel_that_is_wrong_is_refused(monkeypatch):
     def wrong(step, *arguments, interpret=False, **keywords):
         carry, outputs = scan(step, *arguments, **keywords)

@@ -71,7 +71,7 @@ def test_agrees_with_the_oracle_that_uses_no_autodiff(structure):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", [1, 2])
+@pytest.mark.parametrize("structure", default_and_thorough([1], [1, 2]))
 def test_gradients_by_leak_drive_and_state(structure):
     """One leak for each unit and one for all; the second derivative by the leak as well."""
     case = draw(structure, drive=True, h_0=True, mask=True, reset=True, batch_shape=(3,), T=17)
@@ -140,7 +140,7 @@ def test_relu_units_at_zero_have_no_gradient():
     assert grads.W_y.any()
 
 
-@pytest.mark.parametrize("structure", range(3))
+@pytest.mark.parametrize("structure", default_and_thorough([0], range(3)))
 def test_a_leak_of_1_is_no_leak(structure):
     case = random_case(structure, dtype=np.float32, T=9)
     without = jax.jit(partial(jaxrnn.bptt, **case.keywords))(*case.arguments)

@@ -10,6 +10,7 @@ import pytest
 from experiments import hessian_free, memory_tasks
 from experiments.long_lag_tasks import wrong_sequences
 from jaxrnn import Params
+from tests.conftest import default_and_thorough
 
 T, B = 100, 64
 TASKS = {task.name: task for task in memory_tasks.TASKS}
@@ -24,7 +25,7 @@ def test_every_task_has_its_name_in_the_settings():
     assert set(get_args(hessian_free.TaskName)) == set(hessian_free.TASKS)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", default_and_thorough(["20-bit memorisation"], TASKS))
 def test_new_keys_draw_new_sequences_and_only_the_last_steps_count(name):
     xs, targets, weights = batch_of(name)
     assert (xs != batch_of(name, seed=1)[0]).any(axis=tuple(range(1, xs.ndim))).any()

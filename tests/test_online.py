@@ -128,7 +128,8 @@ def test_a_stream_step_by_step_adds_up_to_the_whole_sequence(name):
     assert max(relative_errors((*total, stream.h), (value, grads, h_T))) <= AGREEMENT
 
 
-@pytest.mark.parametrize("name", default_and_thorough(["rtrl"], METHODS))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", METHODS)
 def test_one_update_for_each_step_of_a_stream(name):
     """Learns what no single step shows: the input of the step before."""
     key = jax.random.key(0)
@@ -275,8 +276,9 @@ def agrees(module, fault_cases, tolerance) -> bool:
     return max(deviations(module, case, 4000)) <= 5
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("fault", default_and_thorough(list(FAULTS)[::7], FAULTS), ids=str)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught(fault, fault_cases):
     faulty = with_fault([influence, streams, online], *FAULTS[fault])
     assert not agrees(faulty, fault_cases, CAUGHT), "this fault would have passed"

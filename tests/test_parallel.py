@@ -165,7 +165,7 @@ def with_explicit_sharding():
 @pytest.mark.parametrize(
     "name",
     default_and_thorough(
-        ["bptt with options", "sequence_loss with options", "unroll", "update"],
+        ["bptt with options", "unroll"],
         with_explicit_sharding(),
     ),
 )

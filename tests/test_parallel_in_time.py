@@ -60,6 +60,7 @@ def test_a_linear_network_takes_one_iteration(method):
     np.testing.assert_allclose(found.hs, hs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", METHODS)
 def test_T_iterations_find_all_states_even_if_products_overflow(method):
@@ -74,6 +75,7 @@ def test_T_iterations_find_all_states_even_if_products_overflow(method):
     np.testing.assert_allclose(found.hs[:8], first, rtol=0, atol=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", METHODS)
 def test_at_the_cap_what_is_found_is_right_and_the_rest_is_not(method):

@@ -69,6 +69,7 @@ def test_a_stack_is_one_layer_after_the_other():
     assert max(relative_errors(last, h_Ts)) <= AGREEMENT
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_an_embedding_selects_the_inputs_and_a_head_reads_the_readout():
     params = {
@@ -109,6 +110,7 @@ def test_the_loss_of_bidirectional_layers_is_that_of_each_sequence_alone():
     assert h_T is None
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_dropout_multiplies_the_inputs_of_a_layer_or_the_state_that_the_recurrence_reads():
     layers = [network(0, 3, 4), network(1, 4, 5)]
@@ -156,6 +158,7 @@ def test_free_running_reads_the_tokens_that_it_drew():
         np.testing.assert_allclose(h_T[n], hs[-1], atol=1e-13)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_a_rollout_of_a_policy_is_unrolled_again_with_its_resets():
     T, B = 9, 3

@@ -66,6 +66,7 @@ def test_a_low_rank_network_is_the_network_with_its_weights():
     assert max(relative_errors((value, grads), (expected, expected_grads))) <= AGREEMENT
 
 
+@pytest.mark.thorough
 def test_noise_is_new_for_each_key_and_absent_without_one():
     params = jaxrnn.init(jax.random.key(0), 1, 6, 2)
     batch = jax.tree.map(jnp.asarray, labelled_batch(I=1))
@@ -97,6 +98,7 @@ def test_no_update_gives_a_weight_the_wrong_sign_or_a_new_connection():
     assert changed_sign
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_shared_blocks_are_written_entry_by_entry():
     theta = shared_blocks.init_theta(jax.random.key(0), 2, 3, 2, 2)

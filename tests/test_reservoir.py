@@ -82,6 +82,7 @@ def series(task):
     return task.series(np.random.default_rng(1), STEPS.training + STEPS.test)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_the_closed_loop_reads_its_own_predictions():
     xs, targets = series(MACKEY_GLASS)
@@ -124,6 +125,7 @@ def test_other_states_are_refused():
             echo_state.check_agreement("wrong", wrong, np.ones(3))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_experiment_runs_with_and_without_reservoirpy(installed, tmp_path, capsys, monkeypatch):
     if installed:

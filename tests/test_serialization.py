@@ -12,6 +12,7 @@ import jaxrnn
 from jaxrnn import Batch, checkpoints
 from jaxrnn.checkpoints import CheckpointError
 from jaxrnn.serialization import from_arrays, to_arrays
+from tests.conftest import default_and_thorough
 
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
 
@@ -83,6 +84,7 @@ def test_leaves_with_the_same_name_are_refused():
     assert list(to_arrays(np.zeros(1))) == ["leaf"]
 
 
+@pytest.mark.thorough
 def test_every_step_of_sixty_can_be_the_last_before_a_restart(params, tmp_path):
     """Windows of a stream with the state carried, a key in the optimiser, 15 epochs."""
     optimizer = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), ADAM)
@@ -115,7 +117,7 @@ def test_every_step_of_sixty_can_be_the_last_before_a_restart(params, tmp_path):
         assert rest == losses[step:]
 
 
-@pytest.mark.parametrize("kind", ["examples", "batches"])
+@pytest.mark.parametrize("kind", default_and_thorough(["examples"], ["examples", "batches"]))
 def test_fit_resumes_at_every_epoch(kind, params, tmp_path):
     """For batches, gradient ascent: the first epoch is the best, and patience ends training."""
     data, optimizer = stream(T=6, B=10), ADAM

@@ -162,6 +162,7 @@ def test_data_parallel_equals_a_single_device(name):
     assert max(relative_errors(got, expected)) <= AGREEMENT
 
 
+@pytest.mark.thorough
 def test_dropout_draws_a_mask_for_each_update_and_none_to_evaluate():
     """With the parameters held still, only the masks change the loss."""
     case = dropout_case()

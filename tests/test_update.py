@@ -286,6 +286,7 @@ def test_a_carried_state_keeps_its_dtype(params, batch):
     assert state.h.dtype == jnp.bfloat16
 
 
+@pytest.mark.thorough
 def test_diverged_names_the_eps_of_adam_in_float16(batch):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
     fit = partial(jaxrnn.fit, jax.random.key(0), params, batch, max_epochs=2, max_skipped=2)
