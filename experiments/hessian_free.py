@@ -63,9 +63,9 @@ class Config:
     """Maximal number of updates of each network."""
     hidden_size: int = 50
     """Hidden units, H."""
-    batch_size: int = 1024
+    batch_size: int = 512
     """Sequences per update, B; all are new."""
-    gradient_batches: int = 8
+    gradient_batches: int = 16
     """Batches that loss and gradient are means over; the curvature is that of the first."""
     damping: float = 0.03
     """Initial damping, lambda."""
