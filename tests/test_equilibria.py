@@ -150,10 +150,11 @@ def test_a_start_that_is_not_finite_is_marked_and_leaves_the_others_alone():
     assert points.converged.tolist() == [False, True, False]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "leak",
-    [pytest.param(0.2, marks=pytest.mark.thorough), np.linspace(0.1, 1, 6)],
+    [0.2, np.linspace(0.1, 1, 6)],
     ids=["one", "for each unit"],
 )
 def test_a_leak_keeps_the_points_and_changes_their_jacobians(leak):
@@ -170,6 +171,7 @@ def test_a_leak_keeps_the_points_and_changes_their_jacobians(leak):
     np.testing.assert_allclose(traced.jacobian, points.jacobian, atol=1e-14)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_networks_can_be_searched_at_once():
     networks = [network(n, 2, 5)._replace(W_h=jnp.asarray(3 * draw(n, 5, 5))) for n in range(3)]

@@ -115,6 +115,7 @@ assert "jaxrnn" not in sys.modules
 """
 
 
+@pytest.mark.thorough
 def test_exported_bytes_are_served_without_the_package(tmp_path):
     """In two pieces of unequal length."""
     paths = [tmp_path / name for name in ("network.bin", "xs.npy", "probabilities.npy")]

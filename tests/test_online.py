@@ -93,6 +93,7 @@ def deviations(module, case, keys) -> list[float]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_the_mean_of_uoro_is_the_gradient():
     case = draw(2, values=1, **SQUARE)

@@ -72,6 +72,7 @@ def test_a_stream_has_the_same_bits_wherever_it_is_read_from():
     assert (np.abs(np.corrcoef(bits.T)[np.triu_indices(4, 1)]) < 0.2).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_a_window_over_the_whole_stream_has_the_gradient_of_rtrl():
     """That of the last loss, at fixed parameters. A shorter window leaves something out."""

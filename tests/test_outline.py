@@ -39,9 +39,7 @@ def mean_by_outline(params, xs, labels, h_0, **keywords):
 @pytest.mark.parametrize("activation", F)
 @pytest.mark.parametrize(
     "sizes",
-    default_and_thorough(
-        [(1, 1, 1, 2), (9, 3, 5, 2)], [(1, 1, 1, 2), (2, 3, 4, 5), (9, 3, 5, 2), (60, 2, 7, 3)]
-    ),
+    default_and_thorough([(9, 3, 5, 2)], [(1, 1, 1, 2), (2, 3, 4, 5), (9, 3, 5, 2), (60, 2, 7, 3)]),
     ids=str,
 )
 def test_bptt_and_autodiff_equal_the_outline(sizes, activation):

@@ -45,6 +45,7 @@ def mean_of_steps(ys, labels, lengths=LENGTHS):
     return np.concatenate(losses).mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_a_stack_is_one_layer_after_the_other():
     layers = stack.init_stack(jax.random.key(0), 3, [4, 5, 2], 2)
@@ -249,6 +250,7 @@ def test_a_label_counts_at_the_last_step_of_its_sequence_only():
     np.testing.assert_allclose(value, np.mean(losses), rtol=1e-7)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_documents_in_a_stream_have_the_gradient_of_the_documents_alone():
     params, rng = network(0, 2, 3), np.random.default_rng(0)

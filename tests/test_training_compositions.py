@@ -146,6 +146,7 @@ def test_fit_lowers_the_loss_and_resumes_bit_identically(name, tmp_path):
         assert as_bytes(getattr(resumed, part)) == as_bytes(getattr(uninterrupted, part))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "name",

@@ -72,6 +72,7 @@ def test_one_update_worked_out_by_hand():
     assert metrics.counted == 2
 
 
+@pytest.mark.thorough
 def test_bptt_and_autodiff_train_alike(params, batch):
     after = []
     for gradient_fn in (jaxrnn.bptt, jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)):
@@ -115,6 +116,7 @@ def test_the_state_is_donated_and_the_callers_parameters_are_not(params, batch):
     assert not params.W_h.is_deleted()
 
 
+@pytest.mark.thorough
 def test_a_state_that_vmap_does_not_map_is_not_donated(params, batch):
     """XLA warns of a donated state that it cannot reuse, and warnings are errors here."""
     rule = partial(jaxrnn.sgd, learning_rate=0.1)
