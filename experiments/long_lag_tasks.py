@@ -31,6 +31,7 @@ from experiments.multi_seed import stack, train_seeds, update_on_new_batches, us
 from experiments.regularizer import regularizer
 from experiments.reports import Report
 from jaxrnn import Activation, Batch, Loss, Params
+from jaxrnn.batches import step_weights
 
 Name = Literal["tanh", "+ clipping", "+ regulariser", "identity ReLU"]
 
@@ -195,7 +196,8 @@ def make_gradient_fn(task: Task, method: Method):
 def wrong_sequences(task: Task, params: Params, batch: Batch, f: Activation = jaxrnn.tanh):
     """(B,) bool: the output is wrong at a step that counts."""
     _, ys = jaxrnn.unroll(params, batch.xs, activation=f)
-    return (jax.vmap(task.wrong)(ys, batch.targets) & (batch.weights > 0)).any(axis=0)
+    counts = step_weights(batch, params.W_h.dtype) > 0
+    return (jax.vmap(task.wrong)(ys, batch.targets) & counts).any(axis=0)
 
 
 def error_rate(config: Config, task: Task, T: int, f: Activation, params, key):

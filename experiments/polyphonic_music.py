@@ -98,13 +98,12 @@ class Config:
 SMOKE = {"epochs": 2, "hidden_size": 4, "batch_size": 2, "window": 8, "seeds": 2}
 
 
-def with_batch_size(config: Config, pieces: list[np.ndarray]) -> Config:
-    """The settings with a batch size, which follows from the training pieces if none is given."""
+def batch_size(config: Config, pieces: list[np.ndarray]) -> int:
+    """B as given, or as it follows from the training pieces."""
     if config.batch_size is not None:
-        return config
+        return config.batch_size
     steps = sum(len(piece) - 1 for piece in pieces)
-    batch_size = max(1, round(steps / (config.window * UPDATES)))
-    return dataclasses.replace(config, batch_size=batch_size)
+    return max(1, round(steps / (config.window * UPDATES)))
 
 
 def as_floats(batch: Batch) -> Batch:
@@ -156,10 +155,10 @@ def make_optimizer(config: Config, method: str, updates: int) -> optax.GradientT
     return optax.chain(clip, descent)
 
 
-def init_states(config: Config, notes: int, optimizer) -> TrainState:
+def init_states(config: Config, B: int, notes: int, optimizer) -> TrainState:
     """The states of all seeds, stacked."""
     key_init, key_dropout = jax.random.split(jax.random.key(config.seed))
-    B, H = config.batch_size, config.hidden_size
+    H = config.hidden_size
     orthogonal = jax.nn.initializers.orthogonal(config.radius)
     keys = (jax.random.split(key, config.seeds) for key in (key_init, key_dropout))
     states = []
@@ -172,7 +171,7 @@ def init_states(config: Config, notes: int, optimizer) -> TrainState:
 
 def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):
     """Yields after each epoch the training, validation and test NLL of all seeds."""
-    B, T = config.batch_size, config.window
+    B, T = batch_size(config, pieces["train"]), config.window
     rngs = [np.random.default_rng((config.seed, n)) for n in range(config.seeds)]
     windows = len(lay_out(rngs[0], pieces["train"], B, T).xs)  # for any order of the pieces
     valid, test = (lay_out(rngs[0], pieces[part], 16, T) for part in ("valid", "test"))
@@ -190,7 +189,7 @@ def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):
         params, loss = nan_if_skipped(results, metrics.skipped)
         return state._replace(params=params), loss
 
-    state = shard_seeds(init_states(config, pieces["train"][0].shape[1], optimizer))
+    state = shard_seeds(init_states(config, B, pieces["train"][0].shape[1], optimizer))
     for _ in range(config.epochs):
         layouts = [lay_out(rng, pieces["train"], B, T) for rng in rngs]
         batches = shard_seeds(jax.tree.map(lambda *leaves: np.stack(leaves), *layouts))
@@ -239,7 +238,6 @@ def main(config: Config) -> dict:
     pieces = read(config.data)
     use_all_cores()
     report = Report(config)
-    config = with_batch_size(config, pieces["train"])
     results = {}
     for method in METHODS:
         bar = tqdm(train(config, method, pieces), total=config.epochs, unit="epoch", disable=None)
@@ -255,7 +253,7 @@ def main(config: Config) -> dict:
         f"{name}: {'; '.join(texts)}",
         partial(draw, published=config.published),
         test={method: finite(test) for method, test in results.items()},
-        batch_size=config.batch_size,
+        batch_size=batch_size(config, pieces["train"]),
     )
 
 

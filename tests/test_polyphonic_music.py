@@ -83,8 +83,7 @@ def test_pieces_are_laid_out_whole(music):
 @pytest.mark.parametrize(("pieces", "steps"), [(3, 50), (230, 61), (700, 250)])
 def test_by_default_an_epoch_has_about_as_many_updates_for_any_file(pieces, steps):
     rolls = [np.zeros((steps, 88), np.uint8)] * pieces
-    config = polyphonic_music.with_batch_size(polyphonic_music.Config(), rolls)
-    windows = len(music_data.lay_out(np.random.default_rng(0), rolls, config.batch_size, 16).xs)
+    B = polyphonic_music.batch_size(polyphonic_music.Config(), rolls)
+    windows = len(music_data.lay_out(np.random.default_rng(0), rolls, B, 16).xs)
     assert windows <= 10 if pieces == 3 else 0.8 * 220 < windows < 1.2 * 220
-    given = polyphonic_music.Config(batch_size=5)
-    assert polyphonic_music.with_batch_size(given, rolls) == given
+    assert polyphonic_music.batch_size(polyphonic_music.Config(batch_size=5), rolls) == 5
