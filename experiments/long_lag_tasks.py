@@ -193,6 +193,10 @@ def make_gradient_fn(task: Task, method: Method):
     return partial(jaxrnn.bptt, **options)
 
 
+def is_wrong_class(y, target):
+    return y.argmax(axis=-1) != target
+
+
 def wrong_sequences(task: Task, params: Params, batch: Batch, f: Activation = jaxrnn.tanh):
     """(B,) bool: the output is wrong at a step that counts."""
     _, ys = jaxrnn.unroll(params, batch.xs, activation=f)

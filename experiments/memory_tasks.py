@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import jaxrnn
 from experiments.adding import adding_batch
-from experiments.long_lag_tasks import Task, last_step
+from experiments.long_lag_tasks import Task, is_wrong_class, last_step
 from jaxrnn import Batch
 
 DISTRACTORS = 98
@@ -69,13 +69,9 @@ def memorisation_batch(key, T: int, B: int, *, length: int, symbols: int) -> Bat
     return Batch(xs, targets, weights=jnp.zeros(xs.shape).at[-length:].set(1))
 
 
-def is_wrong(y, target):
-    return y.argmax(axis=-1) != target
-
-
 def memorisation(name: str, length: int, symbols: int) -> Task:
     batch = partial(memorisation_batch, length=length, symbols=symbols)
-    return Task(name, batch, symbols + 2, symbols, jaxrnn.cross_entropy, is_wrong)
+    return Task(name, batch, symbols + 2, symbols, jaxrnn.cross_entropy, is_wrong_class)
 
 
 TASKS = (
@@ -83,9 +79,10 @@ TASKS = (
         "multiplication", multiplication_batch, 2, 1, jaxrnn.squared_error,
         wrong=lambda y, target: ~(jnp.abs(y - target)[:, 0] <= 0.04),  # NaN is wrong
     ),
-    Task("3-bit temporal order", three_bit_batch, 6, 8, jaxrnn.cross_entropy, is_wrong),
+    Task("3-bit temporal order", three_bit_batch, 6, 8, jaxrnn.cross_entropy, is_wrong_class),
     Task(
-        "random permutation", permutation_batch, 2 + DISTRACTORS, 2, jaxrnn.cross_entropy, is_wrong
+        "random permutation", permutation_batch, 2 + DISTRACTORS, 2, jaxrnn.cross_entropy,
+        is_wrong_class,
     ),
     memorisation("5-bit memorisation", length=5, symbols=2),
     memorisation("20-bit memorisation", length=10, symbols=4),

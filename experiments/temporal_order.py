@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 import jaxrnn
 from experiments import cli, long_lag_tasks
-from experiments.long_lag_tasks import SMOKE, Task, compare, last_step
+from experiments.long_lag_tasks import SMOKE, Task, compare, is_wrong_class, last_step
 from jaxrnn import Batch
 
 
@@ -50,7 +50,7 @@ def order_batch(key, T: int, B: int) -> Batch:
 
 TASK = Task(
     "temporal order", order_batch, 6, 4, jaxrnn.cross_entropy,
-    wrong=lambda y, target: y.argmax(axis=-1) != target,
+    wrong=is_wrong_class,
     published="+ regulariser",
 )  # fmt: skip
 

@@ -152,11 +152,7 @@ def test_a_start_that_is_not_finite_is_marked_and_leaves_the_others_alone():
 
 @pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "leak",
-    [0.2, np.linspace(0.1, 1, 6)],
-    ids=["one", "for each unit"],
-)
+@pytest.mark.parametrize("leak", [0.2, np.linspace(0.1, 1, 6)], ids=["one", "for each unit"])
 def test_a_leak_keeps_the_points_and_changes_their_jacobians(leak):
     params = network(0, 2, 6)._replace(W_h=jnp.asarray(3 * draw(2, 6, 6)))
     without = find(params, draw(1, 30, 6))

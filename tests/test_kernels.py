@@ -150,9 +150,6 @@ def loops_agree(module, expected) -> bool:
     return max(relative_errors(both_loops(partial(module.loop, interpret=True)), expected)) <= 1e-5
 
 
-DEFAULT_FAULTS = ["a step's inputs late"]
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize("fault", KERNEL)
 def test_a_fault_in_the_kernel_is_caught(fault, expected):

@@ -28,7 +28,7 @@ def test_every_task_has_its_name_in_the_settings():
 @pytest.mark.parametrize("name", default_and_thorough(["20-bit memorisation"], TASKS))
 def test_new_keys_draw_new_sequences_and_only_the_last_steps_count(name):
     xs, targets, weights = batch_of(name)
-    assert (xs != batch_of(name, seed=1)[0]).any(axis=tuple(range(1, xs.ndim))).any()
+    assert (xs != batch_of(name, seed=1)[0]).any()
     counting = {"5-bit memorisation": 5, "20-bit memorisation": 10}.get(name, 1)
     assert weights.shape == xs.shape[:2]
     assert (weights[-counting:] == 1).all()

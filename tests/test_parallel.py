@@ -164,10 +164,7 @@ def with_explicit_sharding():
 )
 @pytest.mark.parametrize(
     "name",
-    default_and_thorough(
-        ["bptt with options", "unroll"],
-        with_explicit_sharding(),
-    ),
+    default_and_thorough(["bptt with options", "unroll"], with_explicit_sharding()),
 )
 def test_explicit_sharding_gives_the_same_results(name, options, tokens):
     """The batch is split over the mesh, and JAX propagates its sharding in the types."""

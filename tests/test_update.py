@@ -72,7 +72,6 @@ def test_one_update_worked_out_by_hand():
     assert metrics.counted == 2
 
 
-@pytest.mark.thorough
 def test_bptt_and_autodiff_train_alike(params, batch):
     after = []
     for gradient_fn in (jaxrnn.bptt, jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)):
