@@ -1,7 +1,8 @@
 """Shared settings and fixtures.
 
-`JAXRNN_THOROUGH=1` adds the tests marked `thorough`: more cases of tests that run by default, and
-the ones that need an idle machine.
+`JAXRNN_THOROUGH=1` adds the tests marked `thorough`: more cases of tests that run by default, tests
+that take long, and the ones that need an idle machine. `JAXRNN_THOROUGH=first` adds one case of
+each test that has none by default.
 """
 
 import os
@@ -72,10 +73,17 @@ def pytest_configure_node(node):
 
 
 def pytest_collection_modifyitems(config, items):
-    if os.environ.get("JAXRNN_THOROUGH") != "1":
-        thorough = [item for item in items if item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=thorough)
-        items[:] = [item for item in items if item not in thorough]
+    level = os.environ.get("JAXRNN_THOROUGH")
+    if level == "1":
+        return
+    thorough = [item for item in items if item.get_closest_marker("thorough")]
+    left_out = set(thorough)
+    if level == "first":
+        by_default = {item.function for item in items if item not in left_out}
+        firsts = {item.function: item for item in reversed(thorough)}
+        left_out -= {item for function, item in firsts.items() if function not in by_default}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

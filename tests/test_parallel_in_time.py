@@ -154,7 +154,7 @@ def agrees(module) -> bool:
 
 @pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("fault", default_and_thorough(list(FAULTS)[::3], FAULTS), ids=str)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught(fault):
     assert not agrees(with_fault([deer_module], *FAULTS[fault])), "this fault would have passed"
 
