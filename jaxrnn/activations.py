@@ -41,6 +41,7 @@ def check_activation(activation: Any, dtype: DTypeLike) -> None:
         raise TypeError(f"activation: expected an Activation(f, df), got {activation!r}")
     if activation.df is not None and not callable(activation.df):
         raise TypeError(f"activation.df: expected a function or None, got {activation.df!r}")
+    dtype = jax.dtypes.canonicalize_dtype(dtype)  # NumPy's float64 is float32 without x64
     z = jax.ShapeDtypeStruct((1, 2), dtype)
     for name, function in activation._asdict().items():
         if function is not None:

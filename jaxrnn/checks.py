@@ -48,15 +48,6 @@ def check_float_array(name: str, x: Any) -> None:
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
 
 
-def check_not_truncated(name: str, x: Any) -> None:
-    """Raises TypeError if JAX would truncate the array, as float64 of NumPy without x64."""
-    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-        raise TypeError(
-            f"{name}: expected a dtype that JAX does not truncate, got {x.dtype}: enable "
-            "jax_enable_x64, or convert the array first"
-        )
-
-
 def check_float_tree(name: str, tree: Any) -> None:
     """Raises TypeError unless tree has leaves, all arrays of floating-point numbers."""
     leaves = jax.tree.leaves_with_path(tree)

@@ -13,11 +13,11 @@ from os import PathLike
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxrnn import checks
 from jaxrnn.params import Params, check_params
 
 Arrays = dict[str, NDArray[Any]]
@@ -41,7 +41,11 @@ def _to_numpy(leaf: Any) -> NDArray[Any]:
 
 def _to_params(**arrays: NDArray[Any]) -> Params:
     for name, array in arrays.items():
-        checks.check_not_truncated(name, array)
+        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            raise TypeError(
+                f"{name}: expected a dtype that JAX does not truncate, got {array.dtype}: enable "
+                "jax_enable_x64, or convert the array first"
+            )
     params = Params(**{name: jnp.asarray(array) for name, array in arrays.items()})
     check_params(params)
     return params
