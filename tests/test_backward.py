@@ -32,7 +32,7 @@ by_plain_autodiff = jax.value_and_grad(plain_loss, has_aux=True)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("structure", default_and_thorough([0, 1, 3, 5, 7, 8, 14, 28], range(43)))
+@pytest.mark.parametrize("structure", default_and_thorough([0, 5, 7, 14, 28], range(43)))
 def test_three_gradients_agree(structure, monkeypatch):
     """Structures (sizes, T, activation, loss, options) with 6 draws of all values each. Those that
     run by default have every activation, loss, option, batch shape and checkpoint_every.
@@ -70,29 +70,32 @@ def test_a_softmax_over_one_class_has_no_gradient():
 
 
 @pytest.mark.usefixtures("x64")
-def test_float32_error_is_at_most_twice_autodiffs():
+@pytest.mark.parametrize(
+    ("T", "checkpoint_every"),
+    default_and_thorough([(200, 14)], [(40, None), (200, 14)], unpack=True),
+)
+def test_float32_error_is_at_most_twice_autodiffs(T, checkpoint_every):
     """The error of the whole gradient, against float64; the mean over 5 draws."""
-    for T, checkpoint_every in [(40, None), (200, 14)]:
-        cases = [
-            random_case(
-                7, values=draw, T=T, batch_shape=(8,), sizes=(16, 32, 10), activation="tanh",
-                loss="cross_entropy", labels=True, tokens=False, mask=False, reset=False,
-                weights=False, h_0=True,
-            )
-            for draw in range(5)
-        ]  # fmt: skip
-        by_hand = compiled(jaxrnn.bptt, cases[0], checkpoint_every=checkpoint_every)
-        plain = compiled(by_plain_autodiff, cases[0])
-        errors, autodiffs = 0.0, 0.0
-        for case in cases:
-            exact = plain(*case.arguments)[1]
-            single = jax.tree.map(
-                lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf,
-                case.arguments,
-            )
-            errors += distance(by_hand(*single)[1], exact)
-            autodiffs += distance(plain(*single)[1], exact)
-        assert 0 < errors <= 2 * autodiffs
+    cases = [
+        random_case(
+            7, values=draw, T=T, batch_shape=(8,), sizes=(16, 32, 10), activation="tanh",
+            loss="cross_entropy", labels=True, tokens=False, mask=False, reset=False,
+            weights=False, h_0=True,
+        )
+        for draw in range(5)
+    ]  # fmt: skip
+    by_hand = compiled(jaxrnn.bptt, cases[0], checkpoint_every=checkpoint_every)
+    plain = compiled(by_plain_autodiff, cases[0])
+    errors, autodiffs = 0.0, 0.0
+    for case in cases:
+        exact = plain(*case.arguments)[1]
+        single = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf,
+            case.arguments,
+        )
+        errors += distance(by_hand(*single)[1], exact)
+        autodiffs += distance(plain(*single)[1], exact)
+    assert 0 < errors <= 2 * autodiffs
 
 
 def distance(tree, reference) -> float:

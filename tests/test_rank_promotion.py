@@ -94,19 +94,24 @@ def test_losses(loss, params):
     np.testing.assert_allclose(jaxrnn.mean_loss(ys, batch, loss), value, rtol=1e-6)
 
 
+OPTIMIZERS = {"adam": optax.adam(1e-2), "sgd": partial(jaxrnn.sgd, learning_rate=0.1)}
+DATA = {"examples": {"batch_size": 3}, "windows": {"h_0": np.zeros((B, H), np.float32)}}
+
+
 @pytest.mark.parametrize(
-    "optimizer",
-    [
-        optax.adam(1e-2),
-        pytest.param(partial(jaxrnn.sgd, learning_rate=0.1), marks=pytest.mark.thorough),
-    ],
-    ids=["adam", "sgd"],
+    ("data", "optimizer"),
+    default_and_thorough(
+        [("windows", "adam")], list(itertools.product(DATA, OPTIMIZERS)), unpack=True
+    ),
 )
-def test_training(optimizer, params):
-    run = partial(jaxrnn.fit, jax.random.key(0), params, optimizer=optimizer, max_epochs=2)
-    stream = list(jaxrnn.windows(full(), 4))
-    for result in (run(full(), batch_size=3), run(stream, stream, h_0=jnp.zeros((B, H)))):
-        assert np.isfinite(jaxrnn.evaluate(result.best, full()))
+def test_training(data, optimizer, params):
+    train = full() if data == "examples" else list(jaxrnn.windows(full(), 4))
+    valid = None if data == "examples" else train
+    result = jaxrnn.fit(
+        jax.random.key(0), params, train, valid, optimizer=OPTIMIZERS[optimizer], max_epochs=2,
+        **DATA[data],
+    )  # fmt: skip
+    assert np.isfinite(jaxrnn.evaluate(result.best, full()))
 
 
 def test_devices_and_padding(params):
