@@ -4,9 +4,9 @@ A gradient that vanishes over T steps is small, and so is the curvature along it
 gradients divide the one by the other (Martens 2010), and structural damping keeps the hidden states
 from changing more than a quadratic holds for (Martens and Sutskever 2011). The networks and their
 initial weights are those of temporal_order, the tasks those of temporal_order, adding and
-memory_tasks. A seed has solved the task at the
-first update after which at most 1 % of 10,000 new sequences are wrong. With `--first-order`, a
-method of long_lag_tasks trains the same networks for the same time, all at once.
+memory_tasks. A seed has solved the task at the first update after which at most 1 % of 10,000 new
+sequences are wrong. With `--compare`, first-order methods of long_lag_tasks, or SOFO in random
+subspaces, train the same networks for the same time, all at once.
 
     python -m experiments.hessian_free --out runs/hessian_free
 """
@@ -29,7 +29,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from experiments import adding, cli, long_lag_tasks, memory_tasks, run_state, temporal_order
+from experiments import (
+    adding,
+    cli,
+    hessian_free_compare,
+    long_lag_tasks,
+    memory_tasks,
+    run_state,
+    temporal_order,
+)
+from experiments.hessian_free_compare import train_for
 from experiments.hessian_free_objective import devices_for, objective
 from experiments.hessian_free_report import draw, of_run, summarize
 from experiments.hessian_free_update import (
@@ -38,7 +47,7 @@ from experiments.hessian_free_update import (
     hessian_free_update,
     init_state,
 )
-from experiments.long_lag_tasks import CHUNK, SOLVED, Name, Task, init_networks, wrong_sequences
+from experiments.long_lag_tasks import CHUNK, SOLVED, Task, init_networks, wrong_sequences
 from experiments.multi_seed import use_all_cores
 from experiments.reports import write_results
 from experiments.run_state import Run
@@ -75,8 +84,8 @@ class Config:
     """Maximal number of conjugate gradient steps of an update."""
     test_size: int = 10_000
     """New test sequences after each update."""
-    first_order: Name | None = None
-    """Method of long_lag_tasks that trains the same networks for the same time, all at once."""
+    compare: tuple[hessian_free_compare.Name, ...] = ()
+    """Methods that train the same networks for the same time, all at once."""
     seeds: int = 6
     """Number of networks."""
     seed: int = 0
@@ -115,9 +124,6 @@ SMOKE = {
 
 HESSIAN_FREE = "Hessian-free"
 
-CHECK_EVERY = 500
-"""Updates between checks of the first-order method."""
-
 
 def make_functions(config: Config, task: Task, T: int, unravel):
     """update(state, key) -> (state, metrics) and error_rate(theta, key), over all devices."""
@@ -148,18 +154,18 @@ def make_functions(config: Config, task: Task, T: int, unravel):
     return NamedSharding(mesh, P()), jax.jit(on_new_batches), jax.jit(on_new_sequences)
 
 
-def first_order_config(config: Config, T: int, method: Name) -> long_lag_tasks.Config:
-    """The settings of long_lag_tasks with the same networks; time ends the updates."""
+def settings_of_networks(config: Config, T: int) -> long_lag_tasks.Config:
+    """The settings of long_lag_tasks with the same networks."""
     return long_lag_tasks.Config(
-        lengths=(T,), updates=10**6 * CHECK_EVERY, check_every=CHECK_EVERY, methods=(method,),
-        out=config.out, hidden_size=config.hidden_size, test_size=config.test_size,
-        seeds=config.seeds, seed=config.seed,
+        lengths=(T,), updates=1, check_every=1, methods=("tanh",), out=config.out,
+        hidden_size=config.hidden_size, test_size=config.test_size, seeds=config.seeds,
+        seed=config.seed,
     )  # fmt: skip
 
 
 def networks(config: Config, task: Task, T: int) -> tuple[Array, Callable]:
     """The initial parameters of all seeds (seeds, P), as in long_lag_tasks, and their unravel."""
-    settings = first_order_config(config, T, "tanh")
+    settings = settings_of_networks(config, T)
     (tanh,) = long_lag_tasks.methods(settings)
     key_init, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
     params = init_networks(settings, task, tanh, key_init)
@@ -203,22 +209,6 @@ def train(config: Config, task: Task, T: int, rows: list[dict], state: State | N
             yield row, state
 
 
-def train_first_order(config: Config, task: Task, T: int, method: Name, limit: float):
-    """Trains all networks at once by the first-order method until the time is up.
-
-    Yields the rows of all seeds at each check.
-    """
-    settings, start = first_order_config(config, T, method), time.monotonic()
-    for updates, errors in long_lag_tasks.train(
-        settings, task, T, *long_lag_tasks.methods(settings)
-    ):
-        seconds = time.monotonic() - start
-        row = {"T": T, "method": method, "updates": updates, "seconds": seconds}
-        yield [row | {"seed": seed, "error": error} for seed, error in enumerate(errors)]
-        if seconds >= limit or max(errors) <= SOLVED:
-            break
-
-
 def checkpoint(step: int, state: State) -> TrainState:
     """What a checkpoint holds. No update is skipped: one without a finite loss is rejected."""
     zero = jnp.zeros((), int)
@@ -226,7 +216,7 @@ def checkpoint(step: int, state: State) -> TrainState:
 
 
 def train_all(config: Config, task: Task, run: Run, bar: tqdm) -> None:
-    """Trains at each T by both methods, and logs each update."""
+    """Trains at each T by all methods, and logs each update."""
     theta = networks(config, task, config.lengths[0])[0][0]
     state = run.restore(checkpoint(0, init_state(theta, config.damping)))
 
@@ -243,17 +233,19 @@ def train_all(config: Config, task: Task, run: Run, bar: tqdm) -> None:
             )
             bar.update(n * config.seeds + row["seed"] - bar.n)
             run.save_if_due(state, last=False)
-        if config.first_order is None or of_run(run.rows, T, config.first_order, 0):
-            continue
         seeds = [of_run(run.rows, T, HESSIAN_FREE, seed) for seed in range(config.seeds)]
         limit = sum(rows[-1]["seconds"] for rows in seeds)
-        checks: list[dict] = []
-        for rows in train_first_order(config, task, T, config.first_order, limit):
-            checks += rows
-            bar.set_description(f"T {T}, {config.first_order}: {rows[0]['seconds']:.0f} s")
-            run.save_if_due(state, last=False)
-        for row in checks:  # all or none, so that a resumed run repeats them
-            log(row)
+        settings = settings_of_networks(config, T)
+        for method in config.compare:
+            if of_run(run.rows, T, method, 0):
+                continue
+            checks: list[dict] = []
+            for rows in train_for(limit, settings, task, T, method):
+                checks += rows
+                bar.set_description(f"T {T}, {method}: {rows[0]['seconds']:.0f} s")
+                run.save_if_due(state, last=False)
+            for row in checks:  # all or none, so that a resumed run repeats them
+                log(row)
     bar.update(bar.total - bar.n)
     run.save_if_due(state, last=True)
 

@@ -254,7 +254,7 @@ def lines(folder):
 @pytest.mark.parametrize("stops", [(3,), (1, 2), (4,)])
 def test_a_stopped_run_resumes_bit_identically(stops, tmp_path, monkeypatch, capsys, usual_signals):
     """Stopped within a network, at its end, and at that of the last one."""
-    flags = ["--smoke", "--first-order", "None"]
+    flags = ["--smoke"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert hessian_free.run([*flags, "--out", str(whole)]) == 0
     names = {"metrics.jsonl", "figure.png", "summary.json"}
