@@ -130,8 +130,8 @@ def draw(rows: list[dict]):
         positions = np.arange(len(rows)) + 0.36 * (n - 0.5)
         ax.bar(positions, values, 0.34, color=f"C{n}", label=name)
     ax.axhline(1, color="black", linewidth=0.8)
-    labels = [row["size"].replace(" tokens", "\ntokens") for row in rows]
-    ax.set_xticks(range(len(rows)), labels, rotation=20, fontsize=8)
+    sizes = [row["size"] for row in rows]
+    ax.set_xticks(range(len(rows)), sizes, rotation=30, ha="right", rotation_mode="anchor")
     ax.set(xlabel="T, B, I, H, O", ylabel="ratio of times")
     ax.legend()
     ax.grid(axis="y", alpha=0.3)
@@ -150,10 +150,9 @@ def main(config: Config) -> dict:
         }
         for statistic in ("min", "median")
     }
-    medians = figures["median"]
-    ours = (
-        f"a product takes {medians['product / bptt']} times as long as bptt, and the plain scan's "
-        f"takes {medians['plain / product']} times as long as it (geometric means, medians)"
+    ours = "; ".join(
+        f"{name}: {figures['median'][name]:.2f} by medians, {figures['min'][name]:.2f} by minima"
+        for name in figures["median"]
     )
     return report.finish(ours, draw, geometric_means=figures, processor=processor())
 

@@ -12,6 +12,7 @@ subspaces, train the same networks for the same time, all at once.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -64,14 +65,16 @@ TaskName = Literal[
 class Config:
     """Hessian-free optimisation of tanh networks on tasks with long lags."""
 
-    task: TaskName = "temporal order"
-    """The task."""
+    tasks: tuple[TaskName, ...] = ("temporal order",)
+    """The tasks."""
     lengths: tuple[int, ...] = (200,)
     """Sequence lengths T."""
     updates: int = 60
     """Maximal number of updates of each network."""
     hidden_size: int = 50
     """Hidden units, H."""
+    start: long_lag_tasks.Start = "sparse"
+    """Initial W_h: sparse with spectral radius 0.95, or orthogonal."""
     batch_size: int = 512
     """Sequences per update, B; all are new."""
     gradient_batches: int = 16
@@ -100,7 +103,7 @@ class Config:
     """Use sizes that run in seconds, to check that everything works."""
 
     def __post_init__(self):
-        cli.expect_values(self, "lengths")
+        cli.expect_values(self, "tasks", "lengths")
         counts = ("lengths", "updates", "hidden_size", "batch_size", "cg_steps", "test_size")
         cli.expect_at_least(1, self, *counts, "gradient_batches", "seeds")
         cli.expect_at_least(10, self, "lengths")
@@ -159,7 +162,7 @@ def settings_of_networks(config: Config, T: int) -> long_lag_tasks.Config:
     return long_lag_tasks.Config(
         lengths=(T,), updates=1, check_every=1, methods=("tanh",), out=config.out,
         hidden_size=config.hidden_size, test_size=config.test_size, seeds=config.seeds,
-        seed=config.seed,
+        seed=config.seed, start=config.start,
     )  # fmt: skip
 
 
@@ -189,7 +192,7 @@ def train(config: Config, task: Task, T: int, rows: list[dict], state: State | N
     _, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
     replicated, update, error_rate = make_functions(config, task, T, unravel)
     for seed, theta in enumerate(thetas):
-        done = of_run(rows, T, HESSIAN_FREE, seed)
+        done = of_run(rows, task.name, T, HESSIAN_FREE, seed)
         if is_trained(config, done):
             continue
         if state is None or not done:
@@ -202,7 +205,7 @@ def train(config: Config, task: Task, T: int, rows: list[dict], state: State | N
             key_batch, key_test = jax.random.split(key)
             state, metrics = update(state, key_batch)
             error = error_rate(state.theta, key_test).item()
-            row = {"T": T, "method": HESSIAN_FREE, "seed": seed, "updates": n}
+            row = {"task": task.name, "T": T, "method": HESSIAN_FREE, "seed": seed, "updates": n}
             row |= {"seconds": time.monotonic() - start, "error": error}
             row |= {name: value.item() for name, value in metrics._asdict().items()}
             done.append(row)
@@ -215,37 +218,40 @@ def checkpoint(step: int, state: State) -> TrainState:
     return TrainState(zero + step, params=state, opt_state=(), skipped=zero)
 
 
-def train_all(config: Config, task: Task, run: Run, bar: tqdm) -> None:
-    """Trains at each T by all methods, and logs each update."""
-    theta = networks(config, task, config.lengths[0])[0][0]
+def compare(config: Config, task: Task, T: int, run: Run, bar: tqdm, state: TrainState) -> None:
+    """Trains by each method of `compare` as long as Hessian-free optimisation has taken."""
+    seeds = [of_run(run.rows, task.name, T, HESSIAN_FREE, seed) for seed in range(config.seeds)]
+    limit = sum(rows[-1]["seconds"] for rows in seeds)
+    settings = settings_of_networks(config, T)
+    for method in config.compare:
+        if of_run(run.rows, task.name, T, method, 0):
+            continue
+        checks: list[dict] = []
+        for rows in train_for(limit, settings, task, T, method):
+            checks += rows
+            bar.set_description(f"{task.name}, T {T}, {method}: {rows[0]['seconds']:.0f} s")
+            run.save_if_due(state, last=False)
+        for row in checks:  # all or none, so that a resumed run repeats them
+            run.log({"step": run.step + 1, "task": task.name} | row)
+
+
+def train_all(config: Config, run: Run, bar: tqdm) -> None:
+    """Trains for each task and T by all methods, and logs each update."""
+    last = run.rows[-1] if run.rows else {"task": config.tasks[0], "T": config.lengths[0]}
+    theta = networks(config, TASKS[last["task"]], last["T"])[0][0]
     state = run.restore(checkpoint(0, init_state(theta, config.damping)))
-
-    def log(row: dict) -> None:
-        run.log({"step": run.step + 1} | row)
-
-    for n, T in enumerate(config.lengths):
+    for n, (name, T) in enumerate(itertools.product(config.tasks, config.lengths)):
+        task = TASKS[name]
         for row, now in train(config, task, T, run.rows, state.params):
-            log(row)
+            run.log({"step": run.step + 1} | row)
             state = checkpoint(run.step, now)
             bar.set_description(
-                f"T {T}, update {row['updates']}: loss {row['new_loss']:.4f}, "
+                f"{name}, T {T}, update {row['updates']}: loss {row['new_loss']:.4f}, "
                 f"damping {row['damping']:.1e}, {row['cg_steps']} CG steps"
             )
             bar.update(n * config.seeds + row["seed"] - bar.n)
             run.save_if_due(state, last=False)
-        seeds = [of_run(run.rows, T, HESSIAN_FREE, seed) for seed in range(config.seeds)]
-        limit = sum(rows[-1]["seconds"] for rows in seeds)
-        settings = settings_of_networks(config, T)
-        for method in config.compare:
-            if of_run(run.rows, T, method, 0):
-                continue
-            checks: list[dict] = []
-            for rows in train_for(limit, settings, task, T, method):
-                checks += rows
-                bar.set_description(f"T {T}, {method}: {rows[0]['seconds']:.0f} s")
-                run.save_if_due(state, last=False)
-            for row in checks:  # all or none, so that a resumed run repeats them
-                log(row)
+        compare(config, task, T, run, bar, state)
     bar.update(bar.total - bar.n)
     run.save_if_due(state, last=True)
 
@@ -256,11 +262,11 @@ def main(config: Config) -> dict:
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     decisive = {k: v for k, v in settings.items() if k not in ("out", "overwrite", "resume")}
     run = Run(config.out, decisive, resume=config.resume, overwrite=config.overwrite)
-    task, count = TASKS[config.task], len(config.lengths) * config.seeds
+    count = len(config.tasks) * len(config.lengths) * config.seeds
     with run, tqdm(total=count, unit="network", disable=None) as bar:
-        train_all(config, task, run, bar)
+        train_all(config, run, bar)
     ours, figures = summarize(run.rows)
-    summary = write_results(config, run.seconds, ours, partial(draw, task=task), **figures)
+    summary = write_results(config, run.seconds, ours, draw, **figures)
     run_state.discard_checkpoints(config.out)  # there is nothing left to resume
     return summary
 

@@ -1,41 +1,48 @@
 """The result and the figure of the experiment hessian_free, from the lines of its metrics."""
 
+import itertools
 import statistics
 
 import matplotlib.pyplot as plt
 
-from experiments.long_lag_tasks import SOLVED, Task
+from experiments.long_lag_tasks import SOLVED
 
 LOWEST = 1e-4
 """The lowest error rate in the figure."""
 
+COLUMNS = 4
+"""The most panels in a row of the figure."""
 
-def of_run(rows: list[dict], T: int, method: str, seed: int) -> list[dict]:
+
+def of_run(rows: list[dict], task: str, T: int, method: str, seed: int) -> list[dict]:
     """The rows of one network."""
-    wanted = (T, method, seed)
-    return [row for row in rows if (row["T"], row["method"], row["seed"]) == wanted]
+    wanted = {"task": task, "T": T, "method": method, "seed": seed}
+    return [row for row in rows if row.items() >= wanted.items()]
 
 
-def first_solved(rows: list[dict], T: int, method: str) -> list[dict | None]:
+def runs_of(rows: list[dict]) -> list[tuple[str, int, str]]:
+    """Each task, T and method, in the order of the rows."""
+    return list(dict.fromkeys((row["task"], row["T"], row["method"]) for row in rows))
+
+
+def first_solved(rows: list[dict], task: str, T: int, method: str) -> list[dict | None]:
     """For each seed, the first row with at most 1 % errors, or None."""
-    seeds = range(1 + max(row["seed"] for row in rows if row["T"] == T))
-    return [
-        next((row for row in of_run(rows, T, method, seed) if row["error"] <= SOLVED), None)
-        for seed in seeds
-    ]
+    seeds = range(1 + max(row["seed"] for row in rows if (row["task"], row["T"]) == (task, T)))
+    every = [of_run(rows, task, T, method, seed) for seed in seeds]
+    return [next((row for row in rows if row["error"] <= SOLVED), None) for rows in every]
 
 
 def summarize(rows: list[dict]) -> tuple[str, dict]:
-    """For each T and method, the seeds that solved the task and the medians over these; figures."""
+    """For each task, T and method, the seeds that solved it and the medians over these; figures."""
     figures: dict[str, dict] = {}
-    for T, method in dict.fromkeys((row["T"], row["method"]) for row in rows):
-        every = first_solved(rows, T, method)
+    for task, T, method in runs_of(rows):
+        every = first_solved(rows, task, T, method)
         solved = [row for row in every if row is not None]
         figure: dict = {"solved": len(solved), "of": len(every)}
         for name in ("seconds", "updates"):
             values = [row[name] for row in solved]
             figure[name] = round(statistics.median(values), 1) if solved else None
-        figures[f"T {T}, {method}"] = figure
+        figures[f"{task}, T {T}, {method}"] = figure
     parts = []
     for name, figure in figures.items():
         medians = f", median {figure['seconds']} s and {figure['updates']} updates"
@@ -44,24 +51,29 @@ def summarize(rows: list[dict]) -> tuple[str, dict]:
     return "; ".join(parts), figures
 
 
-def draw(rows: list[dict], task: Task):
-    """The error rate of each seed against its seconds, a panel for each T."""
-    lengths = list(dict.fromkeys(row["T"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+def draw(rows: list[dict]):
+    """The error rate of each seed against its seconds, a panel for each task and T."""
+    panels = list(dict.fromkeys((task, T) for task, T, _ in runs_of(rows)))
+    methods = list(dict.fromkeys(method for _, _, method in runs_of(rows)))
+    columns = min(len(panels), COLUMNS)
+    lines = -(-len(panels) // columns)
     fig, axes = plt.subplots(
-        1, len(lengths), figsize=(1 + 4 * len(lengths), 4), layout="constrained", squeeze=False
+        lines, columns, figsize=(1 + 4 * columns, 4 * lines), layout="constrained", squeeze=False
     )
-    for ax, T in zip(axes[0], lengths, strict=True):
-        for color, method in enumerate(methods):
-            for seed in range(1 + max(row["seed"] for row in rows)):
-                of_seed = of_run(rows, T, method, seed)
-                errors = [max(row["error"], LOWEST) for row in of_seed]
-                label = method if seed == 0 else None
-                seconds = [row["seconds"] for row in of_seed]
-                ax.plot(seconds, errors, color=f"C{color}", alpha=0.7, label=label)
+    for ax, (task, T) in zip(axes.flat, panels, strict=False):
+        seeds = range(1 + max(row["seed"] for row in rows if (row["task"], row["T"]) == (task, T)))
+        for method, seed in itertools.product(methods, seeds):
+            of_seed = of_run(rows, task, T, method, seed)
+            seconds = [row["seconds"] for row in of_seed]
+            errors = [max(row["error"], LOWEST) for row in of_seed]
+            color, label = f"C{methods.index(method)}", method if seed == 0 else None
+            ax.plot(seconds, errors, ".-", color=color, alpha=0.7, label=label)
         ax.axhline(SOLVED, color="black", linestyle="--", linewidth=0.8)
-        ax.set(title=f"{task.name}, T = {T}", xlabel="seconds", yscale="log")
+        ax.set(title=f"{task}, T = {T}", xlabel="seconds", yscale="log")
         ax.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("error rate on new sequences")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("error rate on new sequences")
     axes[0, 0].legend()
     return fig

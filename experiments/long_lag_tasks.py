@@ -34,6 +34,7 @@ from jaxrnn import Activation, Batch, Loss, Params
 from jaxrnn.batches import step_weights
 
 Name = Literal["tanh", "+ clipping", "+ regulariser", "identity ReLU"]
+Start = Literal["sparse", "orthogonal"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Config:
     """Clipping threshold for the norm of the gradient."""
     regularizer: float = 2.0
     """Weight of the regulariser."""
+    start: Start = "sparse"
+    """Initial W_h of tanh networks: sparse with spectral radius 0.95, or orthogonal."""
     methods: tuple[Name, ...] = get_args(Name)
     """Training methods."""
     seeds: int = 6
@@ -158,6 +161,13 @@ def init_sparse(key, *sizes) -> Params:
     return params._replace(W_x=0.01 * I**0.5 * params.W_x, W_y=0.01 * H**0.5 * params.W_y)
 
 
+def init_orthogonal(key, *sizes) -> Params:
+    """W_h is orthogonal; W_x has standard deviation 0.1, W_y 0.01."""
+    params = jaxrnn.init(key, *sizes, W_h_init=jax.nn.initializers.orthogonal())
+    I, H, _ = sizes
+    return params._replace(W_x=0.1 * I**0.5 * params.W_x, W_y=0.01 * H**0.5 * params.W_y)
+
+
 def init_identity(key, *sizes) -> Params:
     """W_h is the identity; W_x has standard deviation 0.1."""
     params = jaxrnn.init(key, *sizes, W_h_init=jaxrnn.scaled_identity())
@@ -165,7 +175,8 @@ def init_identity(key, *sizes) -> Params:
 
 
 def methods(config: Config) -> list[Method]:
-    tanh = Method("tanh", jaxrnn.tanh, init_sparse, config.learning_rate, None)
+    init = {"sparse": init_sparse, "orthogonal": init_orthogonal}[config.start]
+    tanh = Method("tanh", jaxrnn.tanh, init, config.learning_rate, None)
     clipped = tanh._replace(name="+ clipping", clip=config.clip)
     regularized = clipped._replace(name="+ regulariser", regularizer=config.regularizer)
     rate = config.identity_learning_rate

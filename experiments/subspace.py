@@ -25,7 +25,7 @@ from jaxrnn.batches import divide_by_count, step_weights
 from jaxrnn.blocks import near_divisor, scan_blocks
 
 LEARNING_RATE = 0.3
-BATCH_SIZE = 512
+BATCH_SIZE = 256
 
 BLOCK = 8
 """About the steps whose tangents are in memory at once."""
@@ -117,9 +117,9 @@ def sofo(
     batch: Batch,
     h_0: Array | None = None,
     *,
-    key: Array,
-    directions: int = 64,
-    damping: float = 1e-3,
+    key: Array | None = None,
+    directions: int = 32,
+    damping: float = 1e-2,
     activation: Activation = jaxrnn.tanh,
     loss: Loss = jaxrnn.cross_entropy,
 ) -> tuple[tuple[Array, Array], Params]:
@@ -129,12 +129,14 @@ def sofo(
       params: Params.
       batch: Batch with a batch axis.
       h_0: (B, H); zeros if None.
-      key: a key for the directions, another for each update.
+      key: a key for the directions, another for each update. If None, the gradient by `bptt`.
       directions: K.
       damping: lambda, relative to the largest curvature in the subspace.
       activation: f.
       loss: g and its loss.
     """
+    if key is None:
+        return jaxrnn.bptt(params, batch, h_0, activation=activation, loss=loss)
     theta, unravel = ravel_pytree(params)
     if h_0 is None:
         h_0 = jnp.zeros((batch.xs.shape[1], len(params.b_h)), theta.dtype)

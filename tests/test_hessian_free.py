@@ -280,13 +280,13 @@ def test_a_stopped_run_resumes_bit_identically(stops, tmp_path, monkeypatch, cap
 
 def test_summaries_count_the_seeds_that_solved_the_task():
     rows = [
-        {"T": 5, "method": "m", "seed": seed, "updates": n, "seconds": n / 2, "error": error}
+        {"task": "a", "T": 5, "method": "m", "seed": seed, "updates": n, "seconds": n / 2, "error": error}
         for seed, n, error in [
             (0, 1, 0.5), (0, 2, 0.01), (1, 1, 0.4), (1, 2, 0.02), (2, 4, 0.0), (2, 5, 0.3),
         ]
     ]  # fmt: skip
     rows.append(rows[0] | {"T": 6})
     ours, figures = hessian_free_report.summarize(rows)
-    assert ours == "T 5, m: 2 of 3, median 1.5 s and 3.0 updates; T 6, m: 0 of 1"
-    assert figures["T 5, m"] == {"solved": 2, "of": 3, "seconds": 1.5, "updates": 3}
-    assert figures["T 6, m"]["seconds"] is None
+    assert ours == "a, T 5, m: 2 of 3, median 1.5 s and 3.0 updates; a, T 6, m: 0 of 1"
+    assert figures["a, T 5, m"] == {"solved": 2, "of": 3, "seconds": 1.5, "updates": 3}
+    assert figures["a, T 6, m"]["seconds"] is None
