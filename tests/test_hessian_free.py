@@ -1,5 +1,6 @@
 """Hessian-free optimisation: its conjugate gradients, its update on quadratics, its experiment."""
 
+import itertools
 import json
 import signal
 
@@ -251,16 +252,16 @@ def lines(folder):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("stops", [(3,), (1, 2), (4,)])
+@pytest.mark.parametrize("stops", [(3,), (1, 4), (8,)])
 def test_a_stopped_run_resumes_bit_identically(stops, tmp_path, monkeypatch, capsys, usual_signals):
-    """Stopped within a network, at its end, and at that of the last one."""
-    flags = ["--smoke"]
+    """Stopped within a network, between two tasks, and at the end of the last network."""
+    flags = ["--smoke", "--tasks", "temporal order", "adding"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert hessian_free.run([*flags, "--out", str(whole)]) == 0
     names = {"metrics.jsonl", "figure.png", "summary.json"}
     assert {path.name for path in whole.iterdir()} == names
-    networks = [(row["seed"], row["updates"]) for row in lines(whole)]
-    assert networks == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    networks = [(row["task"], row["seed"], row["updates"]) for row in lines(whole)]
+    assert networks == list(itertools.product(("temporal order", "adding"), (0, 1), (1, 2)))
     log = Run.log
 
     def log_and_stop(run, row):
