@@ -237,7 +237,8 @@ def compare(config: Config, task: Task, T: int, run: Run, bar: tqdm, state: Trai
 
 def train_all(config: Config, run: Run, bar: tqdm) -> None:
     """Trains for each task and T by all methods, and logs each update."""
-    last = run.rows[-1] if run.rows else {"task": config.tasks[0], "T": config.lengths[0]}
+    first = {"task": config.tasks[0], "T": config.lengths[0]}
+    last: dict = run.rows[-1] if run.rows else first
     theta = networks(config, TASKS[last["task"]], last["T"])[0][0]
     state = run.restore(checkpoint(0, init_state(theta, config.damping)))
     for n, (name, T) in enumerate(itertools.product(config.tasks, config.lengths)):

@@ -281,7 +281,8 @@ def test_a_stopped_run_resumes_bit_identically(stops, tmp_path, monkeypatch, cap
 
 def test_summaries_count_the_seeds_that_solved_the_task():
     rows = [
-        {"task": "a", "T": 5, "method": "m", "seed": seed, "updates": n, "seconds": n / 2, "error": error}
+        {"task": "a", "T": 5, "method": "m", "seed": seed, "updates": n, "seconds": n / 2}
+        | {"error": error}
         for seed, n, error in [
             (0, 1, 0.5), (0, 2, 0.01), (1, 1, 0.4), (1, 2, 0.02), (2, 4, 0.0), (2, 5, 0.3),
         ]
