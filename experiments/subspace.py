@@ -25,7 +25,10 @@ from jaxrnn.batches import divide_by_count, step_weights
 from jaxrnn.blocks import near_divisor, scan_blocks
 
 LEARNING_RATE = 0.3
+"""eta, in hessian_free: a whole step follows the noise of its batch."""
+
 BATCH_SIZE = 256
+"""Sequences per update, B, in hessian_free."""
 
 BLOCK = 8
 """About the steps whose tangents are in memory at once."""
