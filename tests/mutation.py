@@ -55,6 +55,7 @@ def run_mutants(module: str, settings: dict, scratch: Path) -> list[dict]:
         )
     )
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy)}
+    environment["JAXRNN_THOROUGH"] = "first"  # each test, at least one case
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(scratch / "compiled"))
     commands = (
         "cosmic_ray.cli baseline {config}",  # fails unless the tests pass without a mutation

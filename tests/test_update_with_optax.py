@@ -157,11 +157,15 @@ def test_a_rule_may_return_any_pytree_class():
     assert isinstance(state.params, Weights)
 
 
-def test_a_rule_that_changes_the_dtype_is_an_error():
-    params, batch = network(0, 2, 4), Batch(jnp.ones((5, 2)), jnp.ones(5, int))
+@pytest.mark.parametrize(
+    ("dtype", "new"), [(jnp.float32, jnp.bfloat16), (jnp.bfloat16, jnp.float32)]
+)
+def test_a_rule_that_changes_the_dtype_is_an_error(dtype, new):
+    params = jaxrnn.init(jax.random.key(0), 2, 4, 4, dtype=dtype)
+    batch = Batch(jnp.ones((5, 2)), jnp.ones(5, int))
 
     def rule(params, grads):
-        return jax.tree.map(lambda p, d: (p - d).astype(jnp.bfloat16), params, grads)
+        return jax.tree.map(lambda p, d: (p - d).astype(new), params, grads)
 
     with pytest.raises(TypeError, match=r"optimizer: expected a rule .* same shapes and dtypes"):
         jaxrnn.make_update(jaxrnn.bptt, rule)(jaxrnn.init_state(params, rule), batch)
