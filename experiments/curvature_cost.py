@@ -22,6 +22,7 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import cli
 from experiments.benchmark import GROUPS, Size, compile_for, make_data, processor, time_in_turn
+from experiments.benchmark_report import geometric_mean
 from experiments.reports import Report
 from jaxrnn import Batch, Params
 
@@ -145,7 +146,7 @@ def main(config: Config) -> dict:
         report.log(**measure(config, size))
     figures = {
         statistic: {
-            name: round(float(np.exp(np.mean(np.log(values)))), 2)
+            name: round(geometric_mean(values), 2)
             for name, values in ratios(report.rows, statistic).items()
         }
         for statistic in ("min", "median")

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Literal, TypeAlias
 
-import jax
-
 import jaxrnn
 from experiments import long_lag_tasks, subspace
-from experiments.long_lag_tasks import SOLVED, Task, error_rate, init_networks
-from experiments.multi_seed import train_seeds, update_on_new_batches
+from experiments.long_lag_tasks import SOLVED, Task
 
 Name: TypeAlias = long_lag_tasks.Name | Literal["subspace"]
 
@@ -23,25 +20,11 @@ def check_every(method: Name) -> int:
 
 def train_in_subspaces(settings: long_lag_tasks.Config, task: Task, T: int):
     """Trains all networks at once by SOFO; yields as `long_lag_tasks.train`."""
-    (tanh,) = long_lag_tasks.methods(dataclasses.replace(settings, methods=("tanh",)))
+    settings = dataclasses.replace(settings, methods=("tanh",), batch_size=subspace.BATCH_SIZE)
+    (tanh,) = long_lag_tasks.methods(settings)
+    step = partial(subspace.sofo, loss=task.loss)
     rule = partial(jaxrnn.sgd, learning_rate=subspace.LEARNING_RATE)
-    update = jaxrnn.make_update(partial(subspace.sofo, loss=task.loss), rule)
-
-    def make_batch(key):
-        return task.batch(key, T, subspace.BATCH_SIZE)
-
-    def updates_and_check(state, key):
-        key_train, key_test = jax.random.split(key)
-        state = update_on_new_batches(update, make_batch, state, key_train, settings.check_every)
-        return state, error_rate(settings, task, T, tanh.activation, state.params, key_test)
-
-    key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), T))
-    networks = init_networks(settings, task, tanh, key_init)
-    keys = jax.random.split(jax.random.fold_in(key_train, 0), settings.seeds)
-    states = jax.vmap(lambda params, key: jaxrnn.init_state(params, rule, key=key))(networks, keys)
-    schedule = settings.updates, settings.check_every
-    for updates, errors in train_seeds(updates_and_check, states, key_train, *schedule):
-        yield updates, errors.tolist()
+    return long_lag_tasks.train_networks(settings, task, T, tanh, step, rule, random=True)
 
 
 def train_for(

@@ -20,6 +20,11 @@ def of_run(rows: list[dict], task: str, T: int, method: str, seed: int) -> list[
     return [row for row in rows if row.items() >= wanted.items()]
 
 
+def seeds_of(rows: list[dict], task: str, T: int) -> range:
+    """The seeds that were trained for a task and T."""
+    return range(1 + max(row["seed"] for row in rows if (row["task"], row["T"]) == (task, T)))
+
+
 def runs_of(rows: list[dict]) -> list[tuple[str, int, str]]:
     """Each task, T and method, in the order of the rows."""
     return list(dict.fromkeys((row["task"], row["T"], row["method"]) for row in rows))
@@ -27,8 +32,7 @@ def runs_of(rows: list[dict]) -> list[tuple[str, int, str]]:
 
 def first_solved(rows: list[dict], task: str, T: int, method: str) -> list[dict | None]:
     """For each seed, the first row with at most 1 % errors, or None."""
-    seeds = range(1 + max(row["seed"] for row in rows if (row["task"], row["T"]) == (task, T)))
-    every = [of_run(rows, task, T, method, seed) for seed in seeds]
+    every = [of_run(rows, task, T, method, seed) for seed in seeds_of(rows, task, T)]
     return [next((row for row in rows if row["error"] <= SOLVED), None) for rows in every]
 
 
@@ -61,8 +65,7 @@ def draw(rows: list[dict]):
         lines, columns, figsize=(1 + 4 * columns, 4 * lines), layout="constrained", squeeze=False
     )
     for ax, (task, T) in zip(axes.flat, panels, strict=False):
-        seeds = range(1 + max(row["seed"] for row in rows if (row["task"], row["T"]) == (task, T)))
-        for method, seed in itertools.product(methods, seeds):
+        for method, seed in itertools.product(methods, seeds_of(rows, task, T)):
             of_seed = of_run(rows, task, T, method, seed)
             seconds = [row["seconds"] for row in of_seed]
             errors = [max(row["error"], LOWEST) for row in of_seed]

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
+from experiments.initial_weights import init_identity, init_orthogonal, init_sparse
 from experiments.multi_seed import stack, train_seeds, update_on_new_batches, use_all_cores
 from experiments.regularizer import regularizer
 from experiments.reports import Report
@@ -146,34 +147,6 @@ class Method(NamedTuple):
     regularizer: float = 0.0
 
 
-def sparse(key, shape, dtype=jnp.float32):
-    """W_h of Pascanu et al.: 15 normal weights into each unit, spectral radius 0.95."""
-    key_weights, key_which = jax.random.split(key)
-    kept = jax.random.uniform(key_which, shape).argsort(axis=1) < 15
-    W_h = np.where(kept, jax.random.normal(key_weights, shape), 0)
-    return jnp.asarray(0.95 * W_h / np.abs(np.linalg.eigvals(W_h)).max(), dtype)
-
-
-def init_sparse(key, *sizes) -> Params:
-    """A sparse W_h; W_x and W_y have standard deviation 0.01."""
-    params = jaxrnn.init(key, *sizes, W_h_init=sparse)
-    I, H, _ = sizes
-    return params._replace(W_x=0.01 * I**0.5 * params.W_x, W_y=0.01 * H**0.5 * params.W_y)
-
-
-def init_orthogonal(key, *sizes) -> Params:
-    """W_h is orthogonal; W_x has standard deviation 0.1, W_y 0.01."""
-    params = jaxrnn.init(key, *sizes, W_h_init=jax.nn.initializers.orthogonal())
-    I, H, _ = sizes
-    return params._replace(W_x=0.1 * I**0.5 * params.W_x, W_y=0.01 * H**0.5 * params.W_y)
-
-
-def init_identity(key, *sizes) -> Params:
-    """W_h is the identity; W_x has standard deviation 0.1."""
-    params = jaxrnn.init(key, *sizes, W_h_init=jaxrnn.scaled_identity())
-    return params._replace(W_x=0.1 * sizes[0] ** 0.5 * params.W_x)
-
-
 def methods(config: Config) -> list[Method]:
     init = {"sparse": init_sparse, "orthogonal": init_orthogonal}[config.start]
     tanh = Method("tanh", jaxrnn.tanh, init, config.learning_rate, None)
@@ -228,13 +201,22 @@ def error_rate(config: Config, task: Task, T: int, f: Activation, params, key):
 
 
 def train(config: Config, task: Task, T: int, method: Method):
-    """Trains all seeds at once. Yields at each check the updates and the error rate of each seed.
-
-    A network that has diverged outputs NaN, so it does not count as solved from then on.
-    """
+    """Trains all seeds at once by Adam; yields as `train_networks`."""
     clip = optax.clip_by_global_norm(method.clip) if method.clip else optax.identity()
     optimizer = optax.chain(clip, optax.adam(method.learning_rate))
-    update = jaxrnn.make_update(make_gradient_fn(task, method), optimizer)
+    gradient_fn = make_gradient_fn(task, method)
+    yield from train_networks(config, task, T, method, gradient_fn, optimizer)
+
+
+def train_networks(
+    config: Config, task: Task, T: int, method: Method, gradient_fn, optimizer, *, random=False
+):
+    """Trains all seeds at once. Yields at each check the updates and the error rate of each seed.
+
+    A network that has diverged outputs NaN, so it does not count as solved from then on. A random
+    gradient function gets a key of its own for each seed.
+    """
+    update = jaxrnn.make_update(gradient_fn, optimizer)
 
     def make_batch(key):
         return task.batch(key, T, config.batch_size)
@@ -246,7 +228,10 @@ def train(config: Config, task: Task, T: int, method: Method):
 
     key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), T))
     networks = init_networks(config, task, method, key_init)
-    states = jax.vmap(lambda params: jaxrnn.init_state(params, optimizer))(networks)
+    keys = jax.random.split(jax.random.fold_in(key_train, 0), config.seeds) if random else None
+    states = jax.vmap(lambda params, key: jaxrnn.init_state(params, optimizer, key=key))(
+        networks, keys
+    )
     schedule = config.updates, config.check_every
     for updates, errors in train_seeds(updates_and_check, states, key_train, *schedule):
         yield updates, errors.tolist()

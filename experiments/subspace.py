@@ -23,6 +23,7 @@ import jaxrnn
 from jaxrnn import Activation, Batch, Loss, Params
 from jaxrnn.batches import divide_by_count, step_weights
 from jaxrnn.blocks import near_divisor, scan_blocks
+from jaxrnn.recurrence import initial_state
 
 LEARNING_RATE = 0.3
 """eta, in hessian_free: a whole step follows the noise of its batch."""
@@ -137,12 +138,19 @@ def sofo(
       damping: lambda, relative to the largest curvature in the subspace.
       activation: f.
       loss: g and its loss.
+
+    >>> xs = jax.random.normal(jax.random.key(0), (7, 8, 3))
+    >>> batch = Batch(xs, targets=xs[..., :2].sum(axis=0, keepdims=True).repeat(7, axis=0))
+    >>> params = jaxrnn.init(jax.random.key(1), input_size=3, hidden_size=5, output_size=2)
+    >>> (before, _), d = sofo(params, batch, key=jax.random.key(2), loss=jaxrnn.squared_error)
+    >>> new = jaxrnn.sgd(params, d, 0.3)
+    >>> bool(jaxrnn.sequence_loss(new, batch, loss=jaxrnn.squared_error)[0] < before)
+    True
     """
     if key is None:
         return jaxrnn.bptt(params, batch, h_0, activation=activation, loss=loss)
     theta, unravel = ravel_pytree(params)
-    if h_0 is None:
-        h_0 = jnp.zeros((batch.xs.shape[1], len(params.b_h)), theta.dtype)
+    h_0 = initial_state(params, batch.xs, h_0)
     V = jax.random.normal(key, (directions, theta.size), theta.dtype) / math.sqrt(theta.size)
     projected, h_T = project(
         params, jax.vmap(unravel)(V), batch, h_0, activation=activation, loss=loss
