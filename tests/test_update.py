@@ -279,6 +279,11 @@ def test_diverged_names_the_step_and_what_to_try():
     assert (copy.step, copy.skipped) == (12, 3)
 
 
+def test_diverged_names_eps_if_the_gradients_of_the_skipped_updates_are_finite():
+    assert "eps" in str(jaxrnn.Diverged(12, 2, [float("inf"), 0.5, 80.0]))
+    assert "eps" not in str(jaxrnn.Diverged(12, 3, [float("inf"), 0.5, 80.0]))
+
+
 def test_a_carried_state_keeps_its_dtype(params, batch):
     rule = partial(jaxrnn.sgd, learning_rate=0.1)
     h = jnp.zeros((*batch.xs.shape[1:-1], params.W_h.shape[0]), jnp.bfloat16)
