@@ -23,7 +23,13 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
-from jaxrnn.blocks import block_steps, near_divisor, scan_blocks
+from jaxrnn.blocks import (
+    block_steps,
+    forward_steps,
+    near_divisor,
+    scan_blocks,
+    split_blocks,
+)
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.products import input_zs, readout, replicated
@@ -69,8 +75,8 @@ def block_states(
     loop: Loop = scan,
 ) -> tuple[Array, Array | None]:
     """The forward pass over a block from the state h_0 before it: h_t and f(z_t), as `recur`."""
-    zs_x = input_zs(params, block.xs, block.drive, block.mask)
-    return recur(activation, params.W_h, zs_x, h_0, leak, block.mask, block.reset, loop)
+    zs_x = input_zs(params, block.xs, block.drive, block.mask, bias=False)
+    return recur(activation, params.W_h, zs_x, h_0, leak, block.mask, block.reset, loop, params.b_h)
 
 
 def block_zs(params: Params, block: Batch, h_0: Array, hs: Array) -> Array:
@@ -192,9 +198,10 @@ def bptt(
     if T == 0:
         return (jnp.zeros((), dtype), h_0), jax.tree.map(jnp.zeros_like, params)
     if checkpoint_every:
-        K = near_divisor(T, checkpoint_every)
+        K = K_forward = near_divisor(T, checkpoint_every)
     else:
         K = block_steps(params, batch, loop is not scan)
+        K_forward = forward_steps(T, K, h_0)
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
         states = block_states(params, block, h, activation, leak, loop)
@@ -213,7 +220,8 @@ def bptt(
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
     carry = match_varying_axes((jnp.zeros_like(h_0), zeros), h_0)  # dz_{T+1} = 0, and empty sums
-    h_T, saved = scan_blocks(forward, h_0, batch, K)
+    h_T, saved = scan_blocks(forward, h_0, batch, K_forward)
+    saved = saved if K_forward == K else split_blocks(saved, K)
     (_, sums), _ = scan_blocks(backward, carry, batch, K, saved, reverse=True)
     value, grads = divide_by_count(sums, step_weights(batch, dtype).sum())
     return (value, h_T), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

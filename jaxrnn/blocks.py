@@ -16,11 +16,13 @@ from jaxrnn.params import Params
 def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
 
-    On a CPU, the arrays of a block fit the cache. Its products have about 512 rows, so that adding
-    the gradient of a block to the sums costs little in comparison; more than 512 steps only if they
-    are at most 4,096 numbers. Each block copies its inputs; if these are four times as large as all
-    states, there is one block. So there is if W_x is twice as large as all states, since each block
-    copies its gradient. A GPU needs larger blocks, and one block if each loop is `one_kernel`.
+    On a CPU, a block has about 1.25 (I + H + O) rows, so that adding its gradient to the sums costs
+    little in comparison, and 16,384 numbers or 512 steps, so that launches cost little. It has at
+    most a quarter of the steps or 2,048 numbers; its inputs take at most half of what all states
+    take, its outputs as much. Each block copies its inputs; if these are four times as
+    large as all states, there is one block. So there is if W_x is twice as large as all states,
+    since each block copies its gradient. A GPU needs larger blocks, and one block if each loop is
+    `one_kernel`.
     """
     T, *batch_axes = steps_shape(batch.xs)
     if not all(isinstance(size, int) for size in (T, *batch_axes)):
@@ -30,9 +32,17 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     O, H = params.W_y.shape
     I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
     B = max(1, math.prod(batch_axes))
-    numbers = B * max(I, H, O)  # of a step, in the largest of its arrays
-    K = min(max(512, 2**12 // numbers), max(1, 2**16 // numbers, 512 // B))
-    return T if 4 * T * H <= K * I or 2 * T * B <= I else near_divisor(T, K)
+    widest = max(I, H, O)
+    K = max(-(-5 * (I + H + O) // (4 * B)), min(2**14 // (B * widest), 512))
+    if 4 * T * H <= K * I or 2 * T * B <= I:
+        return T
+    largest = max(T // 4, 2**11 // (B * widest))
+    return near_divisor(T, max(1, min(K, largest, T * H // max(2 * I, O))))
+
+
+def forward_steps(T: int, K: int, h_0: Array) -> int:
+    """The steps of a block of the forward pass: all, if the states fit the cache, else K."""
+    return T if K == T or (T % K == 0 and T * h_0.size <= 2**21) else K
 
 
 def near_divisor(T: int, K: int) -> int:
@@ -79,6 +89,26 @@ def scan_blocks(
         return body(carry, block_at(k, batch, K), saved_block)
 
     return lax.scan(scan_body, carry, (jnp.arange(-(-T // K)), saved), reverse=reverse)
+
+
+def split_blocks(saved: tuple[Array, tuple[Array, Any]], K: int) -> tuple[Array, Any]:
+    """What `scan_blocks` would save of a forward pass by blocks of K steps, from that of all steps.
+
+    Args:
+      saved: h_0 and the states of all steps, h_t first.
+      K: a divisor of T.
+
+    Returns:
+      The state before each block, (T / K, *batch, H), and the states (T / K, K, *batch, H).
+
+    >>> hs = jnp.arange(1.0, 7.0)[:, None]
+    >>> h_before, (hs_block, _) = split_blocks((jnp.zeros(1), (hs, None)), 2)
+    >>> h_before.ravel().tolist(), hs_block[..., 0].tolist()
+    ([0.0, 2.0, 4.0], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    """
+    h_0, states = saved
+    h_before = jnp.concatenate([h_0[None], states[0][K - 1 : -1 : K]])
+    return h_before, jax.tree.map(lambda x: x.reshape(-1, K, *x.shape[1:]), states)
 
 
 def block_at(k: Array, batch: Batch, K: int) -> Batch:

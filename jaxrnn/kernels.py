@@ -95,24 +95,24 @@ def step_on_chip(
     step: Step, transposed: bool, network: Network, carry: Array, inputs: Any
 ) -> tuple[Array, Any]:
     """The step of 16 sequences, with flags as int32 and W_h perhaps transposed."""
-    W_h, leak = network
-    leak = None if leak is None else leak.astype(jnp.float32)
+    W_h, units = network
+    units = jax.tree.map(lambda x: x.astype(jnp.float32), units)
     inputs = jax.tree.map(
         lambda x: x != 0 if x.dtype == jnp.int32 else x.astype(jnp.float32), inputs
     )
-    result: tuple[Array, Any] = step((OnChip(W_h, transposed), leak), carry, inputs)
+    result: tuple[Array, Any] = step((OnChip(W_h, transposed), units), carry, inputs)
     return result
 
 
 def tile(network: Network, inputs: Any, H: int) -> tuple[Any, Any, Any]:
     """The shapes of the arguments of `step_on_chip`."""
-    W_h, leak = network
+    W_h, units = network
     flags = jax.ShapeDtypeStruct((SEQUENCES,), jnp.int32)
     h = jax.ShapeDtypeStruct((SEQUENCES, H), W_h.dtype)
-    row = None if leak is None else jax.ShapeDtypeStruct((1, H), W_h.dtype)
+    rows = jax.tree.map(lambda _: jax.ShapeDtypeStruct((1, H), W_h.dtype), units)
     steps = jax.tree.map(lambda x: h if x.dtype == W_h.dtype else flags, inputs)
     carry = jax.ShapeDtypeStruct(h.shape, jnp.float32)
-    return (jax.ShapeDtypeStruct((H, H), W_h.dtype), row), carry, steps
+    return (jax.ShapeDtypeStruct((H, H), W_h.dtype), rows), carry, steps
 
 
 def applies(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
@@ -198,7 +198,7 @@ def launch(
     """All steps, in one kernel.
 
     Args:
-      network: W_h (N, H, H) and alpha (N, 1, H) or None, of N networks.
+      network: W_h (N, H, H), and b_h and alpha (N, 1, H) or None, of N networks.
       carry: (N, B, H), B a multiple of 16 and H a power of 2.
       inputs: (T, N, B, H) numbers, and flags (T, N, B) int32.
     """
@@ -206,9 +206,9 @@ def launch(
     assert modules is not None
     pl, triton = modules
     (N, B, H), T = carry.shape, len(inputs[0])
-    W_h, leak = network
+    W_h, units = network
     # The backend reads the second factor of a product faster if it is stored transposed.
-    network = jnp.swapaxes(W_h, 1, 2) if reverse else W_h, leak
+    network = jnp.swapaxes(W_h, 1, 2) if reverse else W_h, units
 
     def kernel(network: Any, carry: Any, inputs: Any, last: Any, outputs: Any) -> None:
         """What a block of threads does; the arguments are references to memory."""

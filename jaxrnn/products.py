@@ -12,17 +12,24 @@ from jaxrnn.params import Params, at_least_float32
 
 
 def input_product(params: Params, xs: Array) -> Array:
-    """W_x x + b_h, for one step or for all at once. A token x selects a column of W_x."""
+    """W_x x, for one step or for all at once. A token x selects a column of W_x."""
     if checks.is_integer(xs):
-        return add_bias(select_rows(params.W_x.T, xs), params.b_h)
-    return add_bias(xs.astype(params.W_x.dtype) @ params.W_x.T, params.b_h)
+        return select_rows(params.W_x.T, xs)
+    return xs.astype(params.W_x.dtype) @ params.W_x.T
 
 
 def input_zs(
-    params: Params, xs: Array, drive: Array | None = None, mask: Array | None = None
+    params: Params,
+    xs: Array,
+    drive: Array | None = None,
+    mask: Array | None = None,
+    *,
+    bias: bool = True,
 ) -> Array:
-    """W_x x_t + b_h + drive_t, the part of z_t that does not depend on h_{t-1}."""
+    """W_x x_t + b_h + drive_t, the part of z_t that does not depend on h_{t-1}; perhaps without
+    b_h."""
     zs_x = input_product(params, where_exists(mask, xs))
+    zs_x = add_bias(zs_x, params.b_h) if bias else zs_x
     return zs_x if drive is None else zs_x + where_exists(mask, drive.astype(zs_x.dtype))
 
 

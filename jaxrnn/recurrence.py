@@ -18,7 +18,7 @@ that gives the same, such as `kernels.loop`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,34 @@ def scan_unroll() -> int:
     return 8 if jax.default_backend() == "gpu" else 1
 
 
+class Transposed(NamedTuple):
+    """W_h, by its transpose in memory: to be read as `h @ W_h` and `h @ W_h.T`."""
+
+    T: Array
+
+    def __rmatmul__(self, h: Array) -> Array:
+        return h @ self.T.T
+
+
+def in_fast_layout(W_h: Array, h: Array, *, reverse: bool = False) -> Array | Transposed:
+    """W_h as a loop reads it fastest: for `h @ W_h.T`, or `h @ W_h` in reverse.
+
+    With 2 to 32 sequences on a CPU, a product that sums over the rows of a matrix takes 0.3 to 0.8
+    times as long as one that sums over its columns, but longer if the matrix is larger than 1,000
+    by 1,000.
+    """
+    if jax.default_backend() != "cpu" or not isinstance(h.size, int):
+        return W_h  # or a symbol of jax.export
+    over_rows = W_h.size < 10**6
+    few = W_h.shape[0] < h.size <= 32 * W_h.shape[0]
+    if not few or over_rows == reverse:
+        return W_h
+    return Transposed(lax.optimization_barrier(W_h.T))  # XLA would undo the transposition
+
+
 def scan(
     step: Callable[..., tuple[Any, Any]],
-    network: tuple[Array, Array | None],
+    network: tuple[Array, tuple[Array | None, Array | None]],
     carry: Array,
     inputs: Any,
     *,
@@ -51,7 +76,7 @@ def scan(
 
     Args:
       step: a pure function.
-      network: W_h (H, H) and alpha, or None, which all steps read.
+      network: W_h (H, H), and b_h and alpha or None, which all steps read.
       carry: (*batch, H), what passes from step to step.
       inputs: a pytree of (T, *batch, H) numbers and (T, *batch) flags.
       reverse: from the last step to the first.
@@ -59,7 +84,10 @@ def scan(
     Returns:
       The last carry, and the outputs of all steps, (T, *batch, H).
     """
-    return lax.scan(partial(step, network), carry, inputs, reverse=reverse, unroll=scan_unroll())
+    W_h, units = network
+    network_in_loop = in_fast_layout(W_h, carry, reverse=reverse), units
+    body = partial(step, network_in_loop)
+    return lax.scan(body, carry, inputs, reverse=reverse, unroll=scan_unroll())
 
 
 def hold(mask: Array | None, h_new: Array, h: Array) -> Array:
@@ -117,18 +145,20 @@ def recur(
     mask: Array | None,
     reset: Array | None,
     loop: Loop = scan,
+    b_h: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """The forward loop: h_t = (1 - alpha) h_{t-1} + alpha f(z_t), or f(z_t) without a leak.
 
     Args:
       activation: f.
       W_h: (H, H).
-      zs_x: W_x x_t + b_h, (T, *batch, H).
+      zs_x: W_x x_t + b_h, (T, *batch, H), or W_x x_t if b_h is given.
       h_0: (*batch, H).
       leak: alpha, a scalar or (H,), or None.
       mask: (T, *batch) bool or None.
       reset: (T, *batch) bool or None.
       loop: what runs the steps.
+      b_h: (H,), added in the loop, which on a CPU takes less time than a pass over zs_x.
 
     Returns:
       hs, h_t after each step, (T, *batch, H), held where the mask is False; and fs, f(z_t) of each
@@ -136,15 +166,16 @@ def recur(
     """
 
     def step(network: Any, h: Array, inputs: Any) -> tuple[Array, tuple[Array, Array | None]]:
-        W_h, leak = network
+        W_h, (b_h, leak) = network
         z_x, valid, reset_t = inputs
         h_before = unless_reset(reset_t, h)
+        z_x = z_x if b_h is None else z_x + per_unit(b_h, h)
         z = z_x + h_before @ W_h.T  # z_t = W_x x_t + b_h + W_h h_{t-1}
         f_z = activation.f(z)
         h = hold(valid, leaky(leak, h_before, f_z), h)  # h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
         return h, (h, None if leak is None else f_z)
 
-    _, (hs, fs) = loop(step, (W_h, leak), h_0, (zs_x, mask, reset))
+    _, (hs, fs) = loop(step, (W_h, (b_h, leak)), h_0, (zs_x, mask, reset))
     return hs, fs
 
 
@@ -178,7 +209,7 @@ def reverse_scan(
     leak = None if leak is None else per_unit(leak, dh_next)
 
     def step(network: Any, dh_next: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
-        W_h, leak = network
+        W_h, (_, leak) = network
         dh_y, f_prime, valid, reset_t = inputs
         dh = dh_y + dh_next  # dh_t = W_y^T dy_t + W_h^T dz_{t+1} + (1 - alpha) dh_{t+1}
         dz = where_exists(valid, f_prime * dh)  # dz_t = alpha f'(z_t) * dh_t
@@ -189,7 +220,7 @@ def reverse_scan(
         return dh_next, (dh, dz)
 
     inputs = dhs_y, f_primes, mask, reset
-    return loop(step, (W_h, leak), dh_next, inputs, reverse=True)
+    return loop(step, (W_h, (None, leak)), dh_next, inputs, reverse=True)
 
 
 def tangent_scan(

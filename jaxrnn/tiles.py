@@ -2,9 +2,9 @@
 
     carry (*batch, H)        -> (N, B, H)
     inputs (T, *batch, H)    -> (T, N, B, H), flags (T, *batch) -> (T, N, B)
-    W_h (H, H)               -> (N, H, H)        alpha () or (H,) -> (N, 1, H)
+    W_h (H, H)               -> (N, H, H)        b_h, alpha () or (H,) -> (N, 1, H)
 
-of N networks with B sequences each: N is 1 but under `vmap` over W_h or alpha. Any other `vmap`
+of N networks with B sequences each: N is 1 but under `vmap` over W_h, b_h or alpha. Any other `vmap`
 adds sequences. Zeros make H a power of 2 and B a multiple of 16, and long sequences are cut into
 pieces.
 """
@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-Network: TypeAlias = tuple[Array, Array | None]
-"""W_h and alpha."""
+Network: TypeAlias = tuple[Array, tuple[Array | None, Array | None]]
+"""W_h, and the numbers of each unit: b_h and alpha, or None."""
 
 Run: TypeAlias = Callable[[Any, Array, Any], tuple[Array, Any]]
 """(network, carry, inputs) -> the last carry, and the outputs of all steps."""
@@ -36,11 +36,11 @@ def with_flat_batch(run: Run) -> Run:
     """`run` of (N, B, H) for any batch axes and under any `vmap`."""
 
     def run_any(network: Network, carry: Array, inputs: Any) -> tuple[Array, Any]:
-        (W_h, leak), (*batch, H) = network, carry.shape
+        (W_h, units), (*batch, H) = network, carry.shape
         B = math.prod(batch)
-        row = None if leak is None else jnp.broadcast_to(leak.reshape(-1), (H,))[None, None]
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x.reshape(-1), (H,))[None, None], units)
         flat = jax.tree.map(lambda x: x.reshape(len(x), 1, B, *x.shape[1 + len(batch) :]), inputs)
-        last, outputs = vmappable(run)((W_h[None], row), carry.reshape(1, B, H), flat)
+        last, outputs = vmappable(run)((W_h[None], rows), carry.reshape(1, B, H), flat)
         outputs = jax.tree.map(lambda x: x.reshape(len(x), *carry.shape), outputs)
         return last.reshape(carry.shape), outputs
 
@@ -48,7 +48,7 @@ def with_flat_batch(run: Run) -> Run:
 
 
 def vmappable(run: Run) -> Run:
-    """`run` with a rule for `vmap`: it adds networks if it maps W_h or alpha, else sequences."""
+    """`run` with a rule for `vmap`: it adds networks if it maps one of them, else sequences."""
     call = custom_vmap(run)
 
     def rule(
@@ -89,15 +89,15 @@ def with_whole_tiles(run: Run) -> Run:
     """
 
     def run_any(network: Network, carry: Array, inputs: Any) -> tuple[Array, Any]:
-        (W_h, leak), (_, B, H) = network, carry.shape
-        rows, units = -(-B // SEQUENCES) * SEQUENCES, max(16, 1 << (H - 1).bit_length())
+        (W_h, units), (_, B, H) = network, carry.shape
+        rows, width = -(-B // SEQUENCES) * SEQUENCES, max(16, 1 << (H - 1).bit_length())
 
         def whole(x: Array) -> Array:
             if x.dtype == jnp.bool_:
                 return padded(x.astype(jnp.int32), rows)
-            return padded(x, rows, units)
+            return padded(x, rows, width)
 
-        network = padded(W_h, units, units), None if leak is None else padded(leak, units)
+        network = padded(W_h, width, width), jax.tree.map(lambda x: padded(x, width), units)
         last, outputs = run(network, whole(carry), jax.tree.map(whole, inputs))
         return last[:, :B, :H], jax.tree.map(lambda x: x[..., :B, :H], outputs)
 

@@ -52,6 +52,8 @@ BACKWARD = {
     "every block from the first state": (
         "h, states = saved\n", "h, states = saved\n        h = h_0\n"
     ),
+    "b_h forgotten": ("z_x + per_unit(b_h, h)", "z_x"),
+    "b_h added twice": ("block.mask, bias=False)", "block.mask)"),
     "recomputed from a zero state": (
         "is None:\n            states = block_states(params, block, h,",
         "is None:\n            states = block_states(params, block, h_0,",
@@ -69,7 +71,7 @@ FORWARD = {
         "return h, (h, None",
         "return unless_reset(reset_t, h), (h, None",
     ),
-    "b_h forgotten": ("@ params.W_x.T, params.b_h)", "@ params.W_x.T, 0 * params.b_h)"),
+    "b_h forgotten": ("add_bias(zs_x, params.b_h)", "zs_x"),
     "b_y forgotten": ("hs @ params.W_y.T, params.b_y)", "hs @ params.W_y.T, 0 * params.b_y)"),
 }  # fmt: skip
 
@@ -138,8 +140,8 @@ KERNEL = {
     "pieces not joined": ("carry, end = run_piece(carry, at_end)\n            carry, outputs",
                           "_, end = run_piece(carry, at_end)\n            carry, outputs"),
     "rest of another piece": ("lambda x: x[-rest:]", "lambda x: x[:rest]"),
-    "one leak for all units": ("jnp.broadcast_to(leak.reshape(-1), (H,))",
-                               "jnp.broadcast_to(leak.reshape(-1)[0], (H,))"),
+    "one leak for all units": ("jnp.broadcast_to(x.reshape(-1), (H,))",
+                               "jnp.broadcast_to(x.reshape(-1)[0], (H,))"),
     "padding in front": ("(0, new - old)", "(new - old, 0)"),
 }  # fmt: skip
 

@@ -238,6 +238,40 @@ def test_batches_are_read_no_further_than_max_skipped_allows(params, batch):
     assert len(read) == 3
 
 
+def test_a_stream_is_polled_once_in_max_skipped_updates(params, batch):
+    read, spoilt = [], batch._replace(weights=jnp.full((7, 6), 2.0))
+
+    class Stream:
+        def __iter__(self):
+            for n in range(100):
+                read.append(n)
+                yield spoilt if n >= 4 else batch._replace(weights=jnp.ones((7, 6)))
+
+    with pytest.raises(jaxrnn.Diverged, match=r"^step 7: .* got 3 consecutive"):
+        fit(params, Stream(), gradient_fn=not_finite, max_skipped=3)
+    assert len(read) == 9
+
+
+def test_a_warning_shows_the_line_that_calls_fit(params, batch):
+    spoilt = batch._replace(weights=jnp.full((7, 6), 2.0))
+    with pytest.warns(UserWarning, match="skipped") as warned:
+        jaxrnn.fit(
+            jax.random.key(3), params, spoilt,
+            optimizer=optax.sgd(0.1), gradient_fn=not_finite, max_epochs=1,
+        )  # fmt: skip
+    assert warned[0].filename == __file__
+
+
+def test_functions_that_cannot_be_hashed_train(params, batch):
+    class Gradient:
+        __hash__ = None
+
+        def __call__(self, params, batch, h=None):
+            return REGRESSION(params, batch, h)
+
+    assert as_bytes(fit(params, batch, gradient_fn=Gradient())) == as_bytes(fit(params, batch))
+
+
 @pytest.mark.parametrize("patience", [1, 5])
 def test_an_epoch_without_an_applied_update_does_not_wait(patience, params, batch):
     spoilt = batch._replace(weights=jnp.full((7, 6), 2.0))

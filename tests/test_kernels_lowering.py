@@ -177,13 +177,13 @@ def test_symbolic_sizes_take_the_scan(small):
 
 
 def test_on_a_cpu_the_program_is_that_of_the_scan():
-    """Bit by bit, with its blocks; the kernel, which no CPU can run, is not in it. It can be
+    """Bit by bit, with its loops; the kernel, which no CPU can run, is not in it. It can be
     exported."""
     case = small_case(T=2000)
     with_kernel, plain = (jax.jit(gradient(loop)) for loop in (kernels.loop, scan))
     expected = plain(*case)
     loops = [fn.lower(*case).compile().as_text().count(" while(") for fn in (with_kernel, plain)]
-    assert loops == [4, 4]  # over blocks and over steps, forward and backward
+    assert loops == [3, 3]  # forward, over blocks of the backward pass, over their steps
     jax.tree.map(np.testing.assert_array_equal, with_kernel(*case), expected)
     exported = jax.export.export(with_kernel)(*case).call(*case)
     assert max(relative_errors(exported, expected)) <= 1e-6

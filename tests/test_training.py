@@ -157,6 +157,12 @@ def spoiling(params, batch, h=None):
     return (jnp.where(batch.weights[0, 0] > 1e30, jnp.nan, value), h_T), grads
 
 
+def test_the_loss_of_evaluate_is_given_by_name(params):
+    batch = Batch(jnp.ones((7, 6, 3)), jnp.zeros((7, 6), int))
+    with pytest.raises(TypeError, match="positional"):
+        jaxrnn.evaluate(params, batch, None, jaxrnn.sequence_loss)
+
+
 def test_skipped_updates_are_counted_and_left_out_of_the_mean_with_a_warning(params):
     rule = partial(jaxrnn.sgd, learning_rate=0.0)
     fit = partial(
