@@ -17,10 +17,10 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
 
     On a CPU, a block has about 1.25 (I + H + O) rows, so that adding its gradient to the sums costs
-    little in comparison, and 16,384 numbers or 512 steps, so that launches cost little. It has at
-    most a quarter of the steps or 2,048 numbers; its inputs take at most half of what all states
-    take, its outputs as much. Each block copies its inputs; if these are four times as
-    large as all states, there is one block. So there is if W_x is twice as large as all states,
+    little in comparison, or 16,384 numbers and 512 steps if that is more, so that launches cost
+    little. It has at most a quarter of the steps or 2,048 numbers; its inputs take at most half of
+    what all states take, its outputs as much. Each block copies its inputs; if these are four times
+    as large as all states, there is one block. So there is if W_x is twice as large as all states,
     since each block copies its gradient. A GPU needs larger blocks, and one block if each loop is
     `one_kernel`.
     """

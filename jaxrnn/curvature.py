@@ -46,13 +46,6 @@ def check_direction(v: Any, params: Params) -> None:
             raise TypeError(f"v.{name}: expected {like.dtype} as params.{name}, got {leaf.dtype}")
 
 
-def product_block_steps(params: Params, batch: Batch) -> int:
-    """The steps of a block. A product reads twice the arrays of `bptt`, so blocks have half the
-    steps, unless all steps fit one block."""
-    T, K = batch.xs.shape[0], block_steps(params, batch)
-    return K if K == T else near_divisor(T, max(1, K // 2))
-
-
 def gauss_newton(
     params: Params,
     batch: Batch,
@@ -107,7 +100,7 @@ def gauss_newton(
     if batch.xs.shape[0] == 0:
         return lambda v, structural=None: jax.tree.map(jnp.zeros_like, v)
     stored = checkpoint_every is None
-    K = near_divisor(batch.xs.shape[0], checkpoint_every or product_block_steps(params, batch))
+    K = near_divisor(batch.xs.shape[0], checkpoint_every or block_steps(params, batch))
 
     def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
         states = linearization_states(network, block, h)

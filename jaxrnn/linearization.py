@@ -21,7 +21,13 @@ from jaxrnn.batches import Batch, step_weights, where_exists
 from jaxrnn.losses import Loss
 from jaxrnn.params import Params, at_least_float32
 from jaxrnn.products import input_zs, readout
-from jaxrnn.recurrence import derivatives, previous, reverse_scan, tangent_scan
+from jaxrnn.recurrence import (
+    derivatives,
+    in_fast_layout,
+    previous,
+    reverse_scan,
+    tangent_scan,
+)
 
 
 class Network(NamedTuple):
@@ -60,7 +66,7 @@ def block_tangents(
     hs_before = previous(states[0], h_0, mask, reset)
     zs_dot = input_zs(v, block.xs, None, mask) + hs_before @ v.W_h.T
     f_primes = block_derivatives(network, block, h_0, states)
-    W_h, leak = network.params.W_h, network.leak
+    W_h, leak = in_fast_layout(network.params.W_h, h_0_dot), network.leak
     return tangent_scan(W_h, h_0_dot, zs_dot, f_primes, None, leak, mask, reset)
 
 

@@ -224,7 +224,7 @@ def reverse_scan(
 
 
 def tangent_scan(
-    W_h: Array,
+    W_h: Array | Transposed,
     h_0_dot: Array,
     zs_dot: Array,
     f_primes: Array,

@@ -86,11 +86,11 @@ def agrees(module, fault_case, tolerance) -> bool:
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_caught(fault, fault_case):
     faulty = with_fault([recurrence, linearization, curvature], *FAULTS[fault])
-    faulty.block_steps = lambda *_: 6
+    faulty.block_steps = lambda *_: 3
     assert not agrees(faulty, fault_case, CAUGHT), "this fault would have passed"
 
 
 @pytest.mark.usefixtures("x64")
 def test_without_a_fault_the_same_comparison_passes(fault_case, monkeypatch):
-    monkeypatch.setattr(curvature, "block_steps", lambda *_: 6)
+    monkeypatch.setattr(curvature, "block_steps", lambda *_: 3)
     assert agrees(curvature, fault_case, AGREEMENT)
