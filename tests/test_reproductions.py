@@ -36,6 +36,7 @@ NAMES = [
     "cognitive_tasks",
     "online_learning",
     "parallel_in_time",
+    "small_loops",
 ]
 
 
