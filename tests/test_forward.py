@@ -9,6 +9,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch
+from jaxrnn.recurrence import Transposed, in_fast_layout
 from tests.conftest import default_and_thorough
 from tests.reference import ACTIVATIONS, plain_loss, plain_unroll, random_case, with_defaults
 from tests.reference import relative_errors as errors
@@ -282,3 +283,40 @@ def test_bfloat16_under_strict_dtype_promotion():
             (value, h_T), grads = jax.jit(fn)(params, batch, jnp.zeros((4, 5)))
             assert value.dtype == jnp.float32
             assert h_T.dtype == grads.W_h.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("H", "B", "reverse", "transposed"),
+    [
+        (5, 1, False, False),
+        (5, 2, False, True),
+        (5, 32, False, True),
+        (5, 33, False, False),
+        (5, 2, True, False),
+        (999, 2, False, True),
+        (1000, 2, False, False),
+        (999, 2, True, False),
+        (1000, 2, True, True),
+    ],
+)
+def test_the_layout_of_the_recurrent_weights(H, B, reverse, transposed):
+    """Products over rows for up to 32 sequences, over columns for large matrices."""
+    W_h, h = jnp.arange(H * H, dtype=jnp.float32).reshape(H, H), jnp.ones((B, H))
+    stored = in_fast_layout(W_h, h, reverse=reverse)
+    assert isinstance(stored, Transposed) == transposed
+    np.testing.assert_array_equal(stored.T, W_h.T)
+    np.testing.assert_allclose(h @ stored, h @ W_h, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("H", [4, 1000])
+def test_states_and_gradient_in_each_layout(H):
+    """Few sequences: each loop may read W_h transposed."""
+    params = jaxrnn.init(jax.random.key(0), 1, H, 1, dtype=jnp.float64)
+    xs = jax.random.normal(jax.random.key(1), (5, 3, 1), jnp.float64)
+    batch, options = Batch(xs, xs), {"loss": jaxrnn.squared_error}
+    got = jax.jit(partial(jaxrnn.bptt, **options))(params, batch)
+    expected = jax.jit(jax.value_and_grad(partial(plain_loss, **options), has_aux=True))(
+        params, batch
+    )
+    assert max(errors(got, expected)) <= AGREEMENT
