@@ -20,14 +20,8 @@ from jaxrnn.backward import block_gradient, block_states, block_zs
 from jaxrnn.batches import Batch, step_weights, where_exists
 from jaxrnn.losses import Loss
 from jaxrnn.params import Params, at_least_float32
-from jaxrnn.products import input_zs, readout
-from jaxrnn.recurrence import (
-    derivatives,
-    in_fast_layout,
-    previous,
-    reverse_scan,
-    tangent_scan,
-)
+from jaxrnn.products import in_fast_layout, input_zs, readout
+from jaxrnn.recurrence import derivatives, previous, reverse_scan, tangent_scan
 
 
 class Network(NamedTuple):

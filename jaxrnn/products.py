@@ -1,8 +1,10 @@
-"""The products outside the loops over time: of the inputs, and of the outputs."""
+"""The products with the weights: of all inputs and outputs at once, and with W_h in the loops."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -82,3 +84,28 @@ def add_bias(products: Array, b: Array) -> Array:
 def per_unit(v: Array, hs: Array) -> Array:
     """v with leading axes of size 1, so that it broadcasts over hs by strict rules."""
     return v if v.ndim == 0 else v.reshape((1,) * (hs.ndim - v.ndim) + v.shape)
+
+
+class Transposed(NamedTuple):
+    """W_h, by its transpose in memory: to be read as `h @ W_h` and `h @ W_h.T`."""
+
+    T: Array
+
+    def __rmatmul__(self, h: Array) -> Array:
+        return h @ self.T.T
+
+
+def in_fast_layout(W_h: Array, h: Array, *, reverse: bool = False) -> Array | Transposed:
+    """W_h as a loop reads it fastest: for `h @ W_h.T`, or `h @ W_h` in reverse.
+
+    With 2 to 32 sequences on a CPU, a product that sums over the rows of a matrix takes 0.3 to 0.8
+    times as long as one that sums over its columns, but longer if the matrix is larger than 1,000
+    by 1,000.
+    """
+    if jax.default_backend() != "cpu" or not isinstance(h.size, int):
+        return W_h  # or a symbol of jax.export
+    over_rows = W_h.size < 10**6
+    few = W_h.shape[0] < h.size <= 32 * W_h.shape[0]
+    if not few or over_rows == reverse:
+        return W_h
+    return Transposed(lax.optimization_barrier(W_h.T))  # XLA would undo the transposition

@@ -18,7 +18,7 @@ that gives the same, such as `kernels.loop`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxrnn.activations import Activation
 from jaxrnn.batches import Tree, per_step, steps_shape, where_exists
 from jaxrnn.params import Params
-from jaxrnn.products import input_product, per_unit
+from jaxrnn.products import Transposed, in_fast_layout, input_product, per_unit
 
 Loop: TypeAlias = Callable[..., tuple[Any, Any]]
 """What runs a step for all steps; `scan` is the specification."""
@@ -37,31 +37,6 @@ Loop: TypeAlias = Callable[..., tuple[Any, Any]]
 def scan_unroll() -> int:
     """Steps unrolled in the body of a loop over time. A GPU idles between two iterations."""
     return 8 if jax.default_backend() == "gpu" else 1
-
-
-class Transposed(NamedTuple):
-    """W_h, by its transpose in memory: to be read as `h @ W_h` and `h @ W_h.T`."""
-
-    T: Array
-
-    def __rmatmul__(self, h: Array) -> Array:
-        return h @ self.T.T
-
-
-def in_fast_layout(W_h: Array, h: Array, *, reverse: bool = False) -> Array | Transposed:
-    """W_h as a loop reads it fastest: for `h @ W_h.T`, or `h @ W_h` in reverse.
-
-    With 2 to 32 sequences on a CPU, a product that sums over the rows of a matrix takes 0.3 to 0.8
-    times as long as one that sums over its columns, but longer if the matrix is larger than 1,000
-    by 1,000.
-    """
-    if jax.default_backend() != "cpu" or not isinstance(h.size, int):
-        return W_h  # or a symbol of jax.export
-    over_rows = W_h.size < 10**6
-    few = W_h.shape[0] < h.size <= 32 * W_h.shape[0]
-    if not few or over_rows == reverse:
-        return W_h
-    return Transposed(lax.optimization_barrier(W_h.T))  # XLA would undo the transposition
 
 
 def scan(

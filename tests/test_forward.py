@@ -9,7 +9,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch
-from jaxrnn.recurrence import Transposed, in_fast_layout
+from jaxrnn.products import Transposed, in_fast_layout
 from tests.conftest import default_and_thorough
 from tests.reference import ACTIVATIONS, plain_loss, plain_unroll, random_case, with_defaults
 from tests.reference import relative_errors as errors
