@@ -99,13 +99,13 @@ def in_fast_layout(W_h: Array, h: Array, *, reverse: bool = False) -> Array | Tr
     """W_h as a loop reads it fastest: for `h @ W_h.T`, or `h @ W_h` in reverse.
 
     With 2 to 32 sequences on a CPU, a product that sums over the rows of a matrix takes 0.3 to 0.8
-    times as long as one that sums over its columns, but longer if the matrix is larger than 1,000
-    by 1,000.
+    times as long as one that sums over its columns; with 16 or more and a matrix of 4 MB or more,
+    it takes up to 1.5 times as long.
     """
     if jax.default_backend() != "cpu" or not isinstance(h.size, int):
         return W_h  # or a symbol of jax.export
-    over_rows = W_h.size < 10**6
-    few = W_h.shape[0] < h.size <= 32 * W_h.shape[0]
-    if not few or over_rows == reverse:
+    H, B = len(W_h), h.size // len(W_h)
+    over_rows = B < 16 or H * H * W_h.dtype.itemsize < 4e6
+    if not 2 <= B <= 32 or over_rows == reverse:
         return W_h
     return Transposed(lax.optimization_barrier(W_h.T))  # XLA would undo the transposition
