@@ -258,6 +258,9 @@ def test_zero_steps():
     h_T, ys = jaxrnn.unroll(params, jnp.ones((0, 4, 3)), h_0)
     assert (h_T == h_0).all()
     assert ys.shape == (0, 4, 2)
+    np.testing.assert_array_equal(
+        jaxrnn.unroll(params, jnp.ones((0, 4, 3)))[0], np.zeros((4, 5), np.float32), strict=True
+    )
 
 
 def test_two_batch_axes_equal_one():
