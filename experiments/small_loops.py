@@ -103,7 +103,9 @@ def draw(rows: list[dict]):
     ax.axhline(1, color="black", linewidth=0.8)
     sizes = [f"{row['B']}, {row['H']}, {row['dtype']}" for row in rows]
     ax.set_xticks(range(len(rows)), sizes, rotation=40, ha="right", rotation_mode="anchor")
-    ax.set(xlabel="B, H, dtype", ylabel="times as fast as by default", yscale="log")
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="B, H, dtype", ylabel="times as fast as by default")
     ax.legend()
     ax.grid(axis="y", alpha=0.3)
     return fig
