@@ -62,6 +62,16 @@ def test_agrees_with_the_oracle_that_uses_no_autodiff(structure):
     assert max(relative_errors((value, grads), oracle_value_and_grad(case))) <= AGREEMENT
 
 
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+def test_zero_steps_have_no_loss_and_no_gradient(checkpoint_every):
+    params, h_0 = jaxrnn.init(jax.random.key(0), 3, 5, 2), jnp.ones((4, 5))
+    batch = Batch(jnp.ones((0, 4, 3)), jnp.zeros((0, 4), int))
+    (value, h_T), grads = jaxrnn.bptt(params, batch, h_0, checkpoint_every=checkpoint_every)
+    assert value == 0
+    np.testing.assert_array_equal(h_T, h_0)
+    jax.tree.map(lambda d, leaf: np.testing.assert_array_equal(d, 0 * leaf), grads, params)
+
+
 @pytest.mark.usefixtures("x64")
 def test_a_softmax_over_one_class_has_no_gradient():
     case = random_case(1, sizes=(2, 3, 1), loss="cross_entropy")
