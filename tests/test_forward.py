@@ -10,6 +10,7 @@ import pytest
 import jaxrnn
 from jaxrnn import Batch
 from jaxrnn.products import Transposed, in_fast_layout
+from jaxrnn.recurrence import scan, scan_unroll
 from tests.conftest import default_and_thorough
 from tests.reference import ACTIVATIONS, plain_loss, plain_unroll, random_case, with_defaults
 from tests.reference import relative_errors as errors
@@ -261,6 +262,17 @@ def test_zero_steps():
     np.testing.assert_array_equal(
         jaxrnn.unroll(params, jnp.ones((0, 4, 3)))[0], np.zeros((4, 5), np.float32), strict=True
     )
+
+
+def test_steps_are_unrolled_on_a_gpu_alone(monkeypatch):
+    assert scan_unroll() == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert scan_unroll() == 8
+
+
+def test_the_direction_of_a_loop_is_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        scan(lambda *_: None, (jnp.eye(2), (None, None)), jnp.ones(2), jnp.ones((3, 2)), True)
 
 
 def test_two_batch_axes_equal_one():
