@@ -265,9 +265,9 @@ def test_zero_steps():
 
 
 def test_steps_are_unrolled_on_a_gpu_alone(monkeypatch):
-    assert scan_unroll() == 1
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert scan_unroll() == 8
+    for backend, steps in (("cpu", 1), ("gpu", 8), ("tpu", 1)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert scan_unroll() == steps
 
 
 def test_the_direction_of_a_loop_is_given_by_name():
