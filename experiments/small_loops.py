@@ -7,6 +7,7 @@ processes, one with the flag, time value and gradient by the plain scan and by `
     python -m experiments.small_loops --out runs/small_loops
 """
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -122,19 +123,18 @@ def table(rows: list[dict]) -> list[str]:
 
 def main(config: Config) -> dict:
     """Measures every size; returns the summary."""
-    report = Report(config)
+    report, spawn = Report(config), multiprocessing.get_context("spawn")
     sizes = [
         Size(config.steps, B, 1, H, 1) for B in config.batch_sizes for H in config.hidden_sizes
     ]
-    processes = {
-        name: ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), use_flags, (flags,))
-        for name, flags in KINDS.items()
-    }
-    for size in tqdm(sizes, unit="size", disable=None):
-        for dtype in DTYPES:
-            report.log(**measure(config, size, dtype, processes))
-    for process in processes.values():
-        process.shutdown()
+    with contextlib.ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(ProcessPoolExecutor(1, spawn, use_flags, (flags,)))
+            for name, flags in KINDS.items()
+        }
+        for size in tqdm(sizes, unit="size", disable=None):
+            for dtype in DTYPES:
+                report.log(**measure(config, size, dtype, processes))
     most = {name: round(max(speedups(report.rows, name)), 1) for name in METHODS}
     fastest = ", ".join(f"{name} {speed}" for name, speed in most.items())
     ours = f"B, H: ms; {'; '.join(table(report.rows))}. At most times as fast: {fastest}"

@@ -290,16 +290,3 @@ def test_a_carried_state_keeps_its_dtype(params, batch):
     state = jaxrnn.init_state(params, rule, h)
     state, _ = jaxrnn.make_update(jaxrnn.bptt, rule)(state, batch)
     assert state.h.dtype == jnp.bfloat16
-
-
-@pytest.mark.thorough
-def test_diverged_names_the_eps_of_adam_in_float16(batch):
-    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
-    fit = partial(jaxrnn.fit, jax.random.key(0), params, batch, max_epochs=2, max_skipped=2)
-    with (
-        pytest.warns(UserWarning, match="1 of the 1 updates up to step 1 skipped"),
-        pytest.raises(jaxrnn.Diverged, match=r"The gradients are finite: .* try .*eps=1e-4\)$"),
-    ):
-        fit(optimizer=optax.adam(1e-2))
-    result = fit(optimizer=optax.adam(1e-2, eps=1e-4))
-    assert [row.skipped for row in result.history] == [0, 0]

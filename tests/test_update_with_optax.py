@@ -169,3 +169,18 @@ def test_a_rule_that_changes_the_dtype_is_an_error(dtype, new):
 
     with pytest.raises(TypeError, match=r"optimizer: expected a rule .* same shapes and dtypes"):
         jaxrnn.make_update(jaxrnn.bptt, rule)(jaxrnn.init_state(params, rule), batch)
+
+
+@pytest.mark.thorough
+def test_diverged_names_the_eps_of_adam_in_float16():
+    xs = jax.random.normal(jax.random.key(1), (7, 4, 3))
+    batch = Batch(xs, jax.random.randint(jax.random.key(2), (7, 4), 0, 2))
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
+    fit = partial(jaxrnn.fit, jax.random.key(0), params, batch, max_epochs=2, max_skipped=2)
+    with (
+        pytest.warns(UserWarning, match="1 of the 1 updates up to step 1 skipped"),
+        pytest.raises(jaxrnn.Diverged, match=r"The gradients are finite: .* try .*eps=1e-4\)$"),
+    ):
+        fit(optimizer=optax.adam(1e-2))
+    result = fit(optimizer=optax.adam(1e-2, eps=1e-4))
+    assert [row.skipped for row in result.history] == [0, 0]

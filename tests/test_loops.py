@@ -1,0 +1,66 @@
+"""How the loops over time run on a backend: unrolled steps, and the layout of W_h."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch
+from jaxrnn.products import Transposed, in_fast_layout
+from jaxrnn.recurrence import scan, scan_unroll
+from tests.reference import plain_loss, relative_errors
+
+AGREEMENT = 1e-12
+
+
+def test_steps_are_unrolled_on_a_gpu_alone(monkeypatch):
+    for backend, steps in (("cpu", 1), ("gpu", 8), ("tpu", 1)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert scan_unroll() == steps
+
+
+def test_the_direction_of_a_loop_is_given_by_name():
+    with pytest.raises(TypeError, match="positional"):
+        scan(lambda *_: None, (jnp.eye(2), (None, None)), jnp.ones(2), jnp.ones((3, 2)), True)
+
+
+@pytest.mark.parametrize(
+    ("H", "B", "reverse", "transposed"),
+    [
+        (5, 1, False, False),
+        (5, 2, False, True),
+        (5, 32, False, True),
+        (5, 33, False, False),
+        (5, 2, True, False),
+        (999, 16, False, True),
+        (1000, 16, False, False),
+        (1000, 15, False, True),
+        (999, 16, True, False),
+        (1000, 16, True, True),
+        (1000, 15, True, False),
+    ],
+)
+def test_the_layout_of_the_recurrent_weights(H, B, reverse, transposed):
+    """Products over rows for few sequences, over columns for more and large matrices."""
+    W_h, h = jnp.arange(H * H, dtype=jnp.float32).reshape(H, H), jnp.ones((B, H))
+    stored = in_fast_layout(W_h, h, reverse=reverse)
+    assert isinstance(stored, Transposed) == transposed
+    np.testing.assert_array_equal(stored.T, W_h.T)
+    np.testing.assert_allclose(h @ stored, h @ W_h, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("H", [4, 708])
+def test_states_and_gradient_in_each_layout(H):
+    """The loop forward, or the reverse loop, reads W_h transposed."""
+    params = jaxrnn.init(jax.random.key(0), 1, H, 1, dtype=jnp.float64)
+    xs = jax.random.normal(jax.random.key(1), (3, 16, 1), jnp.float64)
+    batch, options = Batch(xs, xs), {"loss": jaxrnn.squared_error}
+    got = jax.jit(partial(jaxrnn.bptt, **options))(params, batch)
+    expected = jax.jit(jax.value_and_grad(partial(plain_loss, **options), has_aux=True))(
+        params, batch
+    )
+    assert max(relative_errors(got, expected)) <= AGREEMENT
