@@ -118,10 +118,18 @@ def check_drive(params: Params | None, drive: Any, steps: tuple[int, ...], leadi
 
 
 def check_sequence(
-    params: Params | None, xs: Any, h_0: Any, drive: Any, mask: Any, reset: Any
+    params: Params | None,
+    xs: Any,
+    h_0: Any,
+    drive: Any,
+    mask: Any,
+    reset: Any,
+    targets: Any = None,
+    weights: Any = None,
 ) -> None:
     """Raises TypeError or ValueError unless the arguments of `hidden_states` fit one another."""
     check_input("xs", params, xs, "T, *batch")
+    check_tokens(params, Batch(xs, targets, mask, reset, weights, drive), h_0)
     shape = steps_shape(xs)
     if not shape:
         raise ValueError(f"xs: expected a time axis in front, got shape {xs.shape}")
@@ -142,8 +150,16 @@ def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:
     Without Params, the fields of the batch still have to fit one another.
     """
     check_is_batch(batch)
-    check_tokens(params, batch, h_0)
-    check_sequence(params, batch.xs, h_0, batch.drive, batch.mask, batch.reset)
+    check_sequence(
+        params,
+        batch.xs,
+        h_0,
+        batch.drive,
+        batch.mask,
+        batch.reset,
+        batch.targets,
+        batch.weights,
+    )
     shape, O = steps_shape(batch.xs), "O" if params is None else params.W_y.shape[0]
     checks.check_array("targets", batch.targets)
     if not jnp.issubdtype(batch.targets.dtype, jnp.number) and batch.targets.dtype != jnp.bool_:
@@ -170,7 +186,7 @@ def check_tokens(params: Params | None, batch: Batch, h_0: Any) -> None:
     tokens only if they do not fit as numbers: h_0, mask, reset or weights decide.
     """
     xs = batch.xs
-    if not hasattr(xs, "dtype") or not checks.is_integer(xs):
+    if not checks.is_integer(xs):
         return
     ambiguous = params is not None and xs.ndim > 2
     if fits_as_numbers(params, batch, h_0) and (

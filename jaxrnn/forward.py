@@ -96,7 +96,8 @@ def hidden_states(
 
     Args:
       params: Params.
-      xs: (T, *batch, I), or integer tokens (T, *batch).
+      xs: (T, *batch, I), or integer tokens (T, *batch). Where tokens of three axes or more could be
+        features, h_0, a mask or a reset says that they are not.
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,), such as dt / tau; None is 1, and h_t = f(z_t).
@@ -220,6 +221,7 @@ def sequence_loss(
     ((), (4, 5))
     """
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
+    h_0 = initial_state(params, batch.xs, h_0)  # its batch axes are those of tokens
     h_T, hs = hidden_states(
         params,
         batch.xs,

@@ -55,3 +55,24 @@ def test_integers_of_rank_2_are_tokens():
     (_, h_T), _ = jaxrnn.bptt(params, Batch(tokens, tokens))
     assert h_T.shape == (8, H)
     jaxrnn.check_values(params, Batch(tokens, tokens))
+
+
+@pytest.mark.parametrize(
+    "call", [jaxrnn.hidden_states, jaxrnn.unroll, jaxrnn.lyapunov_exponents], ids=lambda f: f.__name__
+)
+def test_integer_features_without_targets_are_an_error_of_xs(call):
+    params = jaxrnn.init(KEY, 8, H, 8)
+    for h_0 in (None, zeros(B, H)):
+        with pytest.raises(ValueError, match="^" + FEATURES):
+            call(params, PIANO_ROLL, h_0)
+    call(params, PIANO_ROLL, zeros(B, 8, H))
+
+
+def test_targets_or_weights_say_that_xs_are_tokens():
+    """In sequence_loss as in bptt, also where hidden_states alone could not tell."""
+    params, tokens = jaxrnn.init(KEY, 8, H, 5), PIANO_ROLL.astype(int)
+    labels, weights = np.zeros((T, B, 8), int), zeros(T, B, 8) + 1
+    for batch in (Batch(tokens, labels), Batch(tokens, labels, weights=weights)):
+        np.testing.assert_allclose(
+            jaxrnn.sequence_loss(params, batch)[0], jaxrnn.bptt(params, batch)[0][0], rtol=1e-5
+        )
