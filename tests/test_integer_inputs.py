@@ -58,7 +58,9 @@ def test_integers_of_rank_2_are_tokens():
 
 
 @pytest.mark.parametrize(
-    "call", [jaxrnn.hidden_states, jaxrnn.unroll, jaxrnn.lyapunov_exponents], ids=lambda f: f.__name__
+    "call",
+    [jaxrnn.hidden_states, jaxrnn.unroll, jaxrnn.lyapunov_exponents],
+    ids=lambda f: f.__name__,
 )
 def test_integer_features_without_targets_are_an_error_of_xs(call):
     params = jaxrnn.init(KEY, 8, H, 8)
