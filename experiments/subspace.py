@@ -21,8 +21,8 @@ from jax.flatten_util import ravel_pytree
 
 import jaxrnn
 from jaxrnn import Activation, Batch, Loss, Params
-from jaxrnn.batches import divide_by_count, step_weights
-from jaxrnn.blocks import near_divisor, scan_blocks
+from jaxrnn.batches import divide_by_count, ones_per_step, step_weights
+from jaxrnn.blocks import near_divisor, own_steps, scan_blocks
 from jaxrnn.recurrence import initial_state
 
 LEARNING_RATE = 0.3
@@ -75,13 +75,16 @@ def project(
     (True, True)
     """
 
-    def advance(carry, block, _):
+    def advance(carry, block, last, _):
         h, h_dots, sums = carry
+        mask = block.mask
+        if last is not None:
+            mask = own_steps(ones_per_step(block.xs, bool) if mask is None else mask, last)
 
         def along(v, h_dot):
             def run(params, h):
                 return jaxrnn.unroll(
-                    params, block.xs, h, activation=activation, mask=block.mask, reset=block.reset
+                    params, block.xs, h, activation=activation, mask=mask, reset=block.reset
                 )
 
             return jax.jvp(run, (params, h), (v, h_dot))

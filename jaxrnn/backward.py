@@ -24,11 +24,13 @@ from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
 from jaxrnn.blocks import (
+    at_last,
     block_steps,
+    enter_at_last,
     forward_steps,
     near_divisor,
     scan_blocks,
-    split_blocks,
+    states_before,
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
@@ -95,6 +97,7 @@ def block_flow(
     leak: Array | None,
     loss: Loss,
     loop: Loop = scan,
+    last: Array | None = None,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The first half of the backward pass over a block: the loss, dy_t, dh_t and dz_t.
 
@@ -108,6 +111,7 @@ def block_flow(
       leak: alpha, or None.
       loss: g and its loss.
       loop: what runs the steps.
+      last: the last step of the block that is its own, as `scan_blocks` gives it.
 
     Returns:
       dh_next for the block before; the weighted sum of the losses; dys (K, *batch, O); dhs and dzs
@@ -121,7 +125,7 @@ def block_flow(
     value = (weights * loss.value(ys, targets)).sum()
     dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
 
-    dhs_y = dys @ params.W_y
+    dhs_y, dh_next = enter_at_last(dys @ params.W_y, dh_next, last)
     f_primes = derivatives(activation, leak, hs, fs, partial(block_zs, params, block, h_0, hs))
     dh_next, (dhs, dzs) = reverse_scan(
         params.W_h, dh_next, dhs_y, f_primes, leak, block.mask, block.reset, loop
@@ -203,17 +207,17 @@ def bptt(
         K = block_steps(params, batch, loop is not scan)
         K_forward = forward_steps(T, K, h_0)
 
-    def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
+    def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = block_states(params, block, h, activation, leak, loop)
-        return states[0][-1], (h, states if checkpoint_every is None else None)
+        return at_last(states[0], last), (h, states if checkpoint_every is None else None)
 
-    def backward(carry: Any, block: Batch, saved: Any) -> tuple[Any, None]:
+    def backward(carry: Any, block: Batch, last: Array | None, saved: Any) -> tuple[Any, None]:
         dh_next, sums = carry
         h, states = saved
         if states is None:
             states = block_states(params, block, h, activation, leak, loop)
         dh_next, value, dys, _, dzs = block_flow(
-            params, block, h, states, dh_next, activation, leak, loss, loop
+            params, block, h, states, dh_next, activation, leak, loss, loop, last
         )
         block_sums = value, block_gradient(params, block, h, states[0], dys, dzs)
         return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
@@ -221,7 +225,10 @@ def bptt(
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
     carry = match_varying_axes((jnp.zeros_like(h_0), zeros), h_0)  # dz_{T+1} = 0, and empty sums
     h_T, saved = scan_blocks(forward, h_0, batch, K_forward)
-    saved = saved if K_forward == K else split_blocks(saved, K)
-    (_, sums), _ = scan_blocks(backward, carry, batch, K, saved, reverse=True)
+    states = None
+    if K_forward > K:  # one loop: each block reads its own of all states
+        _, states = saved
+        saved = states_before(h_0, states[0], K)
+    (_, sums), _ = scan_blocks(backward, carry, batch, K, saved, states, reverse=True)
     value, grads = divide_by_count(sums, step_weights(batch, dtype).sum())
     return (value, h_T), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

@@ -11,6 +11,7 @@ from jax import Array, lax
 from jaxrnn import checks
 from jaxrnn.batches import Batch, ones_per_step, per_step, steps_shape
 from jaxrnn.params import Params
+from jaxrnn.recurrence import match_varying_axes
 
 
 def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
@@ -44,85 +45,111 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
 
 def forward_steps(T: int, K: int, h_0: Array) -> int:
     """The steps of a block of the forward pass: all, if the states fit the cache, else K."""
-    return T if K == T or (T % K == 0 and T * h_0.size <= 2**21) else K
+    return T if K == T or T * h_0.size <= 2**21 else K
 
 
 def near_divisor(T: int, K: int) -> int:
-    """The divisor of T nearest to min(K, T), within a factor of two; min(K, T) if there is none.
+    """The divisor of T nearest to min(K, T), within a factor of two.
 
-    >>> near_divisor(1000, 32), near_divisor(997, 32), near_divisor(5, 10**12)
-    (40, 32, 5)
+    If there is none, a number near K whose blocks share few steps.
+
+    >>> near_divisor(1000, 32), near_divisor(61, 15), near_divisor(5, 10**12)
+    (40, 16, 5)
     """
     if not isinstance(T, int):
         return T  # a symbol of jax.export
     K = min(K, T)
-    divisors = [k for k in range(-(-K // 2), 2 * K + 1) if T % k == 0]
-    return min(divisors, key=lambda k: max(k / K, K / k), default=K)
+
+    def cost(k: int) -> tuple[bool, float]:
+        shared = -T % k
+        return shared > 0, shared / T + abs(math.log2(k / K)) / 10
+
+    return min(range(-(-K // 2), min(2 * K, T) + 1), key=cost)
 
 
 def scan_blocks(
-    body: Callable[[Any, Batch, Any], tuple[Any, Any]],
+    body: Callable[[Any, Batch, Array | None, Any], tuple[Any, Any]],
     carry: Any,
     batch: Batch,
-    block_steps: int,
+    K: int,
     saved: Any = None,
+    states: Any = None,
     *,
     reverse: bool = False,
 ) -> tuple[Any, Any]:
-    """A scan over blocks of time: `carry, out = body(carry, block, saved_for_block)` for each.
+    """A scan over blocks of time: `carry, out = body(carry, block, last, saved)` for each.
+
+    If K does not divide T, the first block shares steps with the second. Its own steps end with
+    `last`, and the weights of the others are 0. `last` is None if K divides T.
 
     Args:
       body: applied to one block after the other.
       carry: what passes from block to block.
       batch: Batch of T steps.
-      block_steps: K, the steps of a block.
+      K: the steps of a block.
       saved: the outputs of an earlier call over the same blocks.
+      states: arrays of T steps. If there are any, the body gets a pair: what is saved for the
+        block, and the states of its steps.
       reverse: from the last block to the first.
 
     Returns:
       The last carry, and the outputs of all blocks.
     """
-    K, T = block_steps, batch.xs.shape[0]
+    T = batch.xs.shape[0]
     if K == T:
-        return body(carry, batch, saved)
+        return body(carry, batch, None, saved)
+    n = -(-T // K)
 
     def scan_body(carry: Any, inputs: Any) -> tuple[Any, Any]:
-        k, saved_block = inputs
-        return body(carry, block_at(k, batch, K), saved_block)
+        k, saved = inputs
+        start = jnp.maximum(T - (n - k) * K, 0)
+        block, states_block = jax.tree.map(
+            lambda leaf: lax.dynamic_slice_in_dim(leaf, start, K), (batch, states)
+        )
+        saved = saved if states is None else (saved, states_block)
+        if T % K == 0:
+            return body(carry, block, None, saved)
+        last = jnp.where(k == 0, T % K, K) - 1
+        ones = ones_per_step(block.xs, jnp.float32)
+        weights = ones if block.weights is None else block.weights
+        return body(carry, block._replace(weights=own_steps(weights, last)), last, saved)
 
-    return lax.scan(scan_body, carry, (jnp.arange(-(-T // K)), saved), reverse=reverse)
+    return lax.scan(scan_body, carry, (jnp.arange(n), saved), reverse=reverse)
 
 
-def split_blocks(saved: tuple[Array, tuple[Array, Any]], K: int) -> tuple[Array, Any]:
-    """What `scan_blocks` would save of a forward pass by blocks of K steps, from that of all steps.
+def own_steps(xs: Array, last: Array | None) -> Array:
+    """x_t up to step `last`, then 0; all x_t if it is None."""
+    if last is None:
+        return xs
+    own = jnp.arange(len(xs)) <= last
+    return jnp.where(per_step(own, xs), xs, jnp.zeros((), xs.dtype))
 
-    Args:
-      saved: h_0 and the states of all steps, h_t first.
-      K: a divisor of T.
 
-    Returns:
-      The state before each block, (T / K, *batch, H), and the states (T / K, K, *batch, H).
+def states_before(h_0: Array, hs: Array, K: int) -> Array:
+    """The state before each block of K steps of `scan_blocks`, (n, *batch, H), from all states.
 
     >>> hs = jnp.arange(1.0, 7.0)[:, None]
-    >>> h_before, (hs_block, _) = split_blocks((jnp.zeros(1), (hs, None)), 2)
-    >>> h_before.ravel().tolist(), hs_block[..., 0].tolist()
-    ([0.0, 2.0, 4.0], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    >>> states_before(jnp.zeros(1), hs, 2).ravel().tolist()
+    [0.0, 2.0, 4.0]
+    >>> states_before(jnp.zeros(1), hs, 4).ravel().tolist()
+    [0.0, 2.0]
     """
-    h_0, states = saved
-    h_before = jnp.concatenate([h_0[None], states[0][K - 1 : -1 : K]])
-    return h_before, jax.tree.map(lambda x: x.reshape(-1, K, *x.shape[1:]), states)
+    T = len(hs)
+    return jnp.concatenate([h_0[None], hs[(T - 1) % K : T - K : K]])
 
 
-def block_at(k: Array, batch: Batch, K: int) -> Batch:
-    """Steps k K to (k + 1) K of the batch.
+def at_last(xs: Array, last: Array | None) -> Array:
+    """x_t of step `last`, or of the last step if it is None."""
+    return xs[-1] if last is None else lax.dynamic_index_in_dim(xs, last, keepdims=False)
 
-    If K does not divide T, the last block starts at T - K, and its mask excludes the steps that it
-    shares with the block before.
+
+def enter_at_last(dhs: Array, dh_next: Array, last: Array | None) -> tuple[Array, Array]:
+    """dh_t of each step of a block, and dh_next behind them, which enters at step `last`.
+
+    No gradient flows through the steps behind `last`, so that dz_t is 0 there.
     """
-    T, start = batch.xs.shape[0], k * K
-    block: Batch = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, K), batch)
-    if T % K == 0:
-        return block
-    is_new = jnp.minimum(start, T - K) + jnp.arange(K) >= start
-    mask = ones_per_step(block.xs, bool) if block.mask is None else block.mask
-    return block._replace(mask=mask & per_step(is_new, mask))
+    if last is None:
+        return dhs, dh_next
+    dh = at_last(dhs, last) + dh_next
+    zeros = match_varying_axes(jnp.zeros_like(dh_next), dh_next)
+    return lax.dynamic_update_index_in_dim(dhs, dh, last, 0), zeros

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.batches import Batch, divide_by_count, step_weights
-from jaxrnn.blocks import block_steps, near_divisor, scan_blocks
+from jaxrnn.blocks import at_last, block_steps, near_divisor, scan_blocks
 from jaxrnn.linearization import (
     Network,
     block_tangents,
@@ -102,9 +102,9 @@ def gauss_newton(
     stored = checkpoint_every is None
     K = near_divisor(batch.xs.shape[0], checkpoint_every or block_steps(params, batch))
 
-    def forward(h: Array, block: Batch, _: None) -> tuple[Array, Any]:
+    def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = linearization_states(network, block, h)
-        return states[0][-1], (h, states if stored else None)
+        return at_last(states[0], last), (h, states if stored else None)
 
     _, saved = scan_blocks(forward, h_0, batch, K)
 
@@ -126,21 +126,21 @@ def _product(
 ) -> Params:
     """G v, from the states before each block and, unless they are None, those within."""
 
-    def forward(h_dot: Array, block: Batch, saved: Any) -> tuple[Array, Any]:
+    def forward(h_dot: Array, block: Batch, last: Array | None, saved: Any) -> tuple[Array, Any]:
         h, states = saved
         stored = states is not None
         states = states if stored else linearization_states(network, block, h)
         h_dots = block_tangents(network, v, block, h, states, h_dot)
-        return h_dots[-1], (h_dot, h_dots if stored else None)
+        return at_last(h_dots, last), (h_dot, h_dots if stored else None)
 
-    def backward(carry: Any, block: Batch, saved: Any) -> tuple[Any, None]:
+    def backward(carry: Any, block: Batch, last: Array | None, saved: Any) -> tuple[Any, None]:
         dh_next, sums = carry
         (h, states), (h_dot, h_dots) = saved
         if states is None:
             states = linearization_states(network, block, h)
             h_dots = block_tangents(network, v, block, h, states, h_dot)
         dh_next, block_sums = block_transpose(
-            network, v, block, h, states, h_dots, dh_next, structural
+            network, v, block, h, states, h_dots, dh_next, structural, last
         )
         return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
 

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from jaxrnn.activations import Activation
 from jaxrnn.backward import block_gradient, block_states, block_zs
 from jaxrnn.batches import Batch, step_weights, where_exists
+from jaxrnn.blocks import enter_at_last, own_steps
 from jaxrnn.losses import Loss
 from jaxrnn.params import Params, at_least_float32
 from jaxrnn.products import in_fast_layout, input_zs, readout
@@ -85,13 +86,16 @@ def block_transpose(
     h_dots: Array,
     dh_next: Array,
     structural: ArrayLike | None,
+    last: Array | None,
 ) -> tuple[Array, Params]:
     """The reverse loop over a block: dh_next for the block before, and the sums of G v."""
     params, _, leak, _ = network
     dys = output_errors(network, v, block, states, h_dots)
     dhs = dys @ params.W_y
     if structural is not None:
-        dhs = dhs + (structural * h_dots).astype(dhs.dtype)  # masked steps have no dz_t
+        counted = own_steps(where_exists(block.mask, h_dots), last)
+        dhs = dhs + (structural * counted).astype(dhs.dtype)
+    dhs, dh_next = enter_at_last(dhs, dh_next, last)
     f_primes = block_derivatives(network, block, h_0, states)
     dh_next, (_, dzs) = reverse_scan(
         params.W_h, dh_next, dhs, f_primes, leak, block.mask, block.reset

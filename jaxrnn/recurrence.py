@@ -191,7 +191,7 @@ def reverse_scan(
         dh_before = dz @ W_h
         if leak is not None:
             dh_before = dh_before + (1 - leak) * dh
-        dh_next = hold(valid, unless_reset(reset_t, dh_before), dh_next)
+        dh_next = hold(valid, unless_reset(reset_t, dh_before), dh)
         return dh_next, (dh, dz)
 
     inputs = dhs_y, f_primes, mask, reset

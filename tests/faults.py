@@ -10,16 +10,16 @@ BACKWARD = {
     "f' of another quantity": ("derivatives(activation, leak, hs, fs, partial",
                                 "derivatives(activation, leak, dhs_y, fs, partial"),
     "W_h transposed": ("dz @ W_h", "dz @ W_h.T"),
-    "W_y transposed": ("dhs_y = dys @ params.W_y", "dhs_y = dys @ params.W_y.T"),
+    "W_y transposed": ("enter_at_last(dys @ params.W_y,", "enter_at_last(dys @ params.W_y.T,"),
     "dW_h transposed": ("outer_sum(dzs, hs_before, dtype)",
                         "outer_sum(dzs, hs_before, dtype).T"),
     "forward in time": ("dh_next, inputs, reverse=True)", "dh_next, inputs)"),
-    "blocks forward in time": ("K, saved, reverse=True)", "K, saved)"),
+    "blocks forward in time": ("K, saved, states, reverse=True)", "K, saved, states)"),
     "no recurrence": ("dh = dh_y + dh_next", "dh = dh_y"),
     "no output error": ("dh = dh_y + dh_next", "dh = dh_next"),
     "mask ignored in dz": ("where_exists(valid, f_prime * dh)", "f_prime * dh"),
     "gradient not held over a masked step": (
-        "hold(valid, unless_reset(reset_t, dh_before), dh_next)", "unless_reset(reset_t, dh_before)"
+        "hold(valid, unless_reset(reset_t, dh_before), dh)", "unless_reset(reset_t, dh_before)"
     ),
     "mask a step late": ("f_primes, leak, block.mask,",
                          "f_primes, leak, jnp.roll(block.mask, 1, 0),"),
@@ -46,9 +46,17 @@ BACKWARD = {
     "sign of the error": ("loss.error(ys, targets)", "-loss.error(ys, targets)"),
     "blocks not joined": ("return (dh_next, jax.tree", "return (0 * dh_next, jax.tree"),
     "gradient of one block alone": ("jax.tree.map(jnp.add, sums, block_sums)", "block_sums"),
-    "steps of two blocks counted twice": ("mask & per_step(is_new, mask)", "mask"),
-    "last block left out": ("jnp.arange(-(-T // K))", "jnp.arange(T // K)"),
-    "last block a step late": ("arange(K) >= start", "arange(K) > start"),
+    "steps of two blocks counted twice": ("weights=own_steps(weights, last)", "weights=weights"),
+    "first block left out": ("carry, (jnp.arange(n),", "carry, (jnp.arange(n).clip(1),"),
+    "first block a step short": ("jnp.where(k == 0, T % K, K)", "jnp.where(k == 0, T % K - 1, K)"),
+    "dh_next a step early": ("update_index_in_dim(dhs, dh, last,",
+                             "update_index_in_dim(dhs, dh, last - 1,"),
+    "dh_next twice": ("last, 0), zeros", "last, 0), dh_next"),
+    "dh_next lost at a masked last step": (
+        "hold(valid, unless_reset(reset_t, dh_before), dh)",
+        "hold(valid, unless_reset(reset_t, dh_before), dh_next)",
+    ),
+    "state of a step of the second block": ("at_last(states[0], last), (h", "states[0][-1], (h"),
     "every block from the first state": (
         "h, states = saved\n", "h, states = saved\n        h = h_0\n"
     ),
@@ -175,7 +183,8 @@ VARIATIONS = {
     "db_h times 0.99",
     "one element of dW_y zero",
     "gradient of one block alone",
-    "last block a step late",
+    "first block a step short",
+    "dh_next twice",
     "every block from the first state",
 }
 """Faults in the backward pass that are much like another one."""

@@ -54,6 +54,26 @@ def test_three_gradients_agree(structure, monkeypatch):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "options"])
+@pytest.mark.parametrize("by_blocks", [None, "forward", "recomputed"])
+def test_blocks_that_do_not_divide_the_steps(options, by_blocks, monkeypatch):
+    """17 steps by blocks of 6. The forward pass is one loop, or by blocks, or not stored."""
+    monkeypatch.setattr(backward, "block_steps", lambda *_: 6)
+    if by_blocks == "forward":
+        monkeypatch.setattr(backward, "forward_steps", lambda T, K, h_0: K)
+    given = dict.fromkeys(("mask", "reset", "weights", "h_0", "leak", "drive"), options)
+    case = random_case(
+        3, **given, T=17, sizes=(3, 4, 2), batch_shape=(3,), activation="tanh",
+        loss="cross_entropy", labels=True, tokens=False,
+    )  # fmt: skip
+    K = 6 if by_blocks == "recomputed" else None
+    got = compiled(jaxrnn.bptt, case, checkpoint_every=K)(*case.arguments)
+    assert (
+        max(relative_errors(got, compiled(by_plain_autodiff, case)(*case.arguments))) <= AGREEMENT
+    )
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("structure", default_and_thorough([0, 1, 2, 4, 8, 13, 14], range(24)))
 def test_agrees_with_the_oracle_that_uses_no_autodiff(structure):
     case = random_case(1000 + structure, largest_T=6, largest_size=3)

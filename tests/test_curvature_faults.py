@@ -36,7 +36,15 @@ FAULTS = {
     "reset ignored in the reverse loop": ("f_primes, leak, block.mask, block.reset\n",
                                           "f_primes, leak, block.mask, None\n"),
     "no structural damping": ("if structural is not None", "if False"),
-    "blocks not joined forward": ("return h_dots[-1], (h_dot", "return h_dot, (h_dot"),
+    "masked steps in the structural damping": ("own_steps(where_exists(block.mask, h_dots), last)",
+                                               "own_steps(h_dots, last)"),
+    "steps of two blocks in the structural damping": (
+        "own_steps(where_exists(block.mask, h_dots), last)", "where_exists(block.mask, h_dots)"
+    ),
+    "dh_next lost between blocks": ("dhs, dh_next = enter_at_last(dhs, dh_next, last)",
+                                    "_, dh_next = enter_at_last(dhs, dh_next, last)"),
+    "blocks not joined forward": ("return at_last(h_dots, last), (h_dot",
+                                  "return h_dot, (h_dot"),
     "blocks not joined in reverse": ("return (dh_next, jax.tree", "return (0 * dh_next, jax.tree"),
     "one block alone": ("jax.tree.map(jnp.add, sums, block_sums)", "block_sums"),
     "blocks forward in time": ("(saved, tangents), reverse=True)", "(saved, tangents))"),
@@ -53,10 +61,11 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def fault_case():
-    """Square weights, so that a transposition keeps its shape; every option; several blocks."""
+    """Square weights, so that a transposition keeps its shape; every option; blocks of
+    three steps, which do not divide T."""
     with jax.enable_x64(True):
         case = draw(
-            2, values=1, sizes=(3, 3, 3), batch_shape=(2,), T=10, activation="tanh",
+            2, values=1, sizes=(3, 3, 3), batch_shape=(2,), T=11, activation="tanh",
             loss="cross_entropy", labels=True, tokens=False, mask=True, reset=True, weights=True,
             h_0=True,
         )  # fmt: skip

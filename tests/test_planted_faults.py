@@ -159,7 +159,7 @@ def update_agrees(module, updates) -> bool:
 @pytest.mark.usefixtures("x64")
 @names(BACKWARD, VARIATIONS)
 def test_a_fault_in_the_backward_pass_is_caught(fault, cases):
-    faulty = with_fault([blocks, products, recurrence, backward], *BACKWARD[fault])
+    faulty = with_fault([products, recurrence, blocks, backward], *BACKWARD[fault])
     faulty.block_steps = lambda *_: 32  # by default a sequence so small is one block
     assert not bptt_agrees(faulty, cases, CAUGHT), "this fault would have passed"
 
@@ -181,7 +181,7 @@ def test_a_fault_in_the_derivative_rule_is_caught(fault, cases):
 @pytest.mark.usefixtures("x64")
 @names(LEAK, LEAK_VARIATIONS)
 def test_a_fault_in_the_leak_is_caught(fault, leaky_cases):
-    faulty = with_fault([blocks, products, recurrence, backward], *LEAK[fault])
+    faulty = with_fault([products, recurrence, blocks, backward], *LEAK[fault])
     faulty.block_steps = lambda *_: 32
     assert not bptt_agrees(faulty, leaky_cases, CAUGHT), "this fault would have passed"
 
