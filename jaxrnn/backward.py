@@ -87,65 +87,102 @@ def block_zs(params: Params, block: Batch, h_0: Array, hs: Array) -> Array:
     return zs_x + previous(hs, h_0, block.mask, block.reset) @ params.W_h.T
 
 
+def block_output(
+    params: Params, block: Batch, hs: Array, loss: Loss
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """The output layer over a block: the loss, W_y^T dy_t of each step, and dW_y and db_y.
+
+    The sums over the steps of a block, here and below, are not divided by their count.
+    """
+    dtype = at_least_float32(params.W_h.dtype)
+    hs_y, targets = (where_exists(block.mask, leaf) for leaf in (hs, block.targets))
+    weights = step_weights(block, dtype)
+    ys = readout(params, hs_y).astype(dtype)
+    value = (weights * loss.value(ys, targets)).sum()
+    dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
+    return value, dys @ params.W_y, output_sums(block, hs, dys, dtype)
+
+
+def block_output_if_any(
+    params: Params, block: Batch, hs: Array, loss: Loss
+) -> tuple[Array, Array, tuple[Array, Array]]:
+    """`block_output`, or zeros if no step of the block counts, as with targets at the end alone."""
+
+    def nothing(hs: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+        dtype = at_least_float32(params.W_h.dtype)
+        sums = jnp.zeros(params.W_y.shape, dtype), jnp.zeros(params.b_y.shape, dtype)
+        return match_varying_axes((jnp.zeros((), dtype), jnp.zeros_like(hs), sums), hs)
+
+    counts = (step_weights(block) != 0).any()
+    output: tuple[Array, Array, tuple[Array, Array]] = lax.cond(
+        counts, lambda hs: block_output(params, block, hs, loss), nothing, hs
+    )
+    return output
+
+
 def block_flow(
     params: Params,
     block: Batch,
     h_0: Array,
     states: tuple[Array, Array | None],
+    dhs_y: Array,
     dh_next: Array,
     activation: Activation,
     leak: Array | None,
-    loss: Loss,
     loop: Loop = scan,
     last: Array | None = None,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """The first half of the backward pass over a block: the loss, dy_t, dh_t and dz_t.
+) -> tuple[Array, Array, Array]:
+    """The reverse loop over a block: dh_t and dz_t.
 
     Args:
       params: Params.
       block: Batch, the steps of the block.
       h_0: the state before the block, (*batch, H).
       states: what `block_states` returned for the block, (K, *batch, H) each.
+      dhs_y: W_y^T dy_t of each step, (K, *batch, H).
       dh_next: the part of dh that comes from after the block, (*batch, H).
       activation: f.
       leak: alpha, or None.
-      loss: g and its loss.
       loop: what runs the steps.
       last: the last step of the block that is its own, as `scan_blocks` gives it.
 
     Returns:
-      dh_next for the block before; the weighted sum of the losses; dys (K, *batch, O); dhs and dzs
-      (K, *batch, H).
+      dh_next for the block before; dhs and dzs (K, *batch, H).
     """
-    dtype = at_least_float32(params.W_h.dtype)
     hs, fs = states
-    targets = where_exists(block.mask, block.targets)
-    weights = step_weights(block, dtype)
-    ys = readout(params, where_exists(block.mask, hs)).astype(dtype)
-    value = (weights * loss.value(ys, targets)).sum()
-    dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
-
-    dhs_y, dh_next = enter_at_last(dys @ params.W_y, dh_next, last)
     f_primes = derivatives(activation, leak, hs, fs, partial(block_zs, params, block, h_0, hs))
+    dhs_y, dh_next = enter_at_last(dhs_y, dh_next, last)
     dh_next, (dhs, dzs) = reverse_scan(
         params.W_h, dh_next, dhs_y, f_primes, leak, block.mask, block.reset, loop
     )
-    return dh_next, value, dys, dhs, dzs
+    return dh_next, dhs, dzs
+
+
+def output_sums(block: Batch, hs: Array, dys: Array, dtype: DTypeLike) -> tuple[Array, Array]:
+    """dW_y and db_y, summed over the steps of a block."""
+    hs_y = where_exists(block.mask, hs)
+    return outer_sum(dys, hs_y, dtype), bias_sum(dys, dtype)
 
 
 def block_gradient(
-    params: Params, block: Batch, h_0: Array, hs: Array, dys: Array, dzs: Array
+    params: Params,
+    block: Batch,
+    h_0: Array,
+    hs: Array,
+    dzs: Array,
+    sums_y: tuple[Array, Array],
 ) -> Params:
-    """The second half: the sums over the steps of a block, not divided by their count."""
+    """The gradient from the steps of a block: from dz_t, and dW_y and db_y as they are."""
     dtype = at_least_float32(params.W_h.dtype)
-    xs, hs_y = (where_exists(block.mask, leaf) for leaf in (block.xs, hs))
+    xs = where_exists(block.mask, block.xs)
     hs_before = previous(hs, h_0, block.mask, block.reset)
+    W_y, b_y = sums_y
     return Params(
         W_x=input_outer_sum(dzs, xs, params.W_x.shape[1], dtype),
         W_h=outer_sum(dzs, hs_before, dtype),
-        W_y=outer_sum(dys, hs_y, dtype),
+        W_y=W_y,
         b_h=bias_sum(dzs, dtype),
-        b_y=bias_sum(dys, dtype),
+        b_y=b_y,
     )
 
 
@@ -207,6 +244,8 @@ def bptt(
         K = block_steps(params, batch, loop is not scan)
         K_forward = forward_steps(T, K, h_0)
 
+    output = block_output if batch.weights is None or K == T else block_output_if_any
+
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = block_states(params, block, h, activation, leak, loop)
         return at_last(states[0], last), (h, states if checkpoint_every is None else None)
@@ -216,10 +255,11 @@ def bptt(
         h, states = saved
         if states is None:
             states = block_states(params, block, h, activation, leak, loop)
-        dh_next, value, dys, _, dzs = block_flow(
-            params, block, h, states, dh_next, activation, leak, loss, loop, last
+        value, dhs_y, sums_y = output(params, block, states[0], loss)
+        dh_next, _, dzs = block_flow(
+            params, block, h, states, dhs_y, dh_next, activation, leak, loop, last
         )
-        block_sums = value, block_gradient(params, block, h, states[0], dys, dzs)
+        block_sums = value, block_gradient(params, block, h, states[0], dzs, sums_y)
         return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)

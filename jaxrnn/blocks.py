@@ -19,12 +19,12 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
 
     On a CPU, a block has about 1.25 (I + H + O) rows, so that adding its gradient to the sums costs
     little in comparison, or 16,384 numbers and 512 steps if that is more, so that launches cost
-    little. It has at most a quarter of the steps or 2,048 numbers; its inputs take at most half of
-    what all states take, its outputs as much. There is one block for up to 512 steps of 32,768
-    numbers, which takes less time, also to compile. Each block copies its inputs; if these are four
-    times as large as all states, there is one block. So there is if W_x is twice as large as all
-    states, since each block copies its gradient. A GPU needs larger blocks, and one block if each
-    loop is `one_kernel`.
+    little. It has at most a quarter of the steps or 2,048 numbers. If it has more than 16,384, its
+    inputs take at most half of what all states take, its outputs as much. There is one block for up
+    to 512 steps of 32,768 numbers, which takes less time, also to compile. Each block copies its
+    inputs; if these are four times as large as all states, there is one block. So there is if W_x
+    is twice as large as all states, since each block copies its gradient. A GPU needs larger
+    blocks, and one block if each loop is `one_kernel`.
     """
     T, *batch_axes = steps_shape(batch.xs)
     if not all(isinstance(size, int) for size in (T, *batch_axes)):
@@ -35,12 +35,13 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     I = 0 if checks.is_integer(batch.xs) else batch.xs.shape[-1]
     B = max(1, math.prod(batch_axes))
     widest = max(I, H, O)
-    K = max(-(-5 * (I + H + O) // (4 * B)), min(2**14 // (B * widest), 512))
+    small = min(2**14 // (B * widest), 512)
+    K = max(-(-5 * (I + H + O) // (4 * B)), small)
     few = T <= 512 and T * B * widest <= 2**15
     if few or 4 * T * H <= K * I or 2 * T * B <= I:
         return T
     largest = max(T // 4, 2**11 // (B * widest))
-    return near_divisor(T, max(1, min(K, largest, T * H // max(2 * I, O))))
+    return near_divisor(T, max(1, min(K, largest, max(small, T * H // max(2 * I, O)))))
 
 
 def forward_steps(T: int, K: int, h_0: Array) -> int:

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.backward import block_flow, block_states
+from jaxrnn.backward import block_flow, block_output, block_states
 from jaxrnn.batches import Batch, mean_weights
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
@@ -76,5 +76,6 @@ def gradient_flow(
     leak = as_leak(params, leak)
     states = block_states(params, batch, h_0, activation, leak)
     dh_next = match_varying_axes(jnp.zeros_like(h_0), h_0)  # dz_{T+1} = 0
-    *_, dhs, dzs = block_flow(params, batch, h_0, states, dh_next, activation, leak, loss)
+    _, dhs_y, _ = block_output(params, batch, states[0], loss)
+    _, dhs, dzs = block_flow(params, batch, h_0, states, dhs_y, dh_next, activation, leak)
     return Flow(dhs, dzs)

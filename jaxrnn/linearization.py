@@ -16,13 +16,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation
-from jaxrnn.backward import block_gradient, block_states, block_zs
+from jaxrnn.backward import block_flow, block_gradient, block_states, block_zs, output_sums
 from jaxrnn.batches import Batch, step_weights, where_exists
-from jaxrnn.blocks import enter_at_last, own_steps
+from jaxrnn.blocks import own_steps
 from jaxrnn.losses import Loss
 from jaxrnn.params import Params, at_least_float32
 from jaxrnn.products import in_fast_layout, input_zs, readout
-from jaxrnn.recurrence import derivatives, previous, reverse_scan, tangent_scan
+from jaxrnn.recurrence import derivatives, previous, tangent_scan
 
 
 class Network(NamedTuple):
@@ -89,15 +89,14 @@ def block_transpose(
     last: Array | None,
 ) -> tuple[Array, Params]:
     """The reverse loop over a block: dh_next for the block before, and the sums of G v."""
-    params, _, leak, _ = network
+    params, activation, leak, _ = network
     dys = output_errors(network, v, block, states, h_dots)
     dhs = dys @ params.W_y
     if structural is not None:
         counted = own_steps(where_exists(block.mask, h_dots), last)
         dhs = dhs + (structural * counted).astype(dhs.dtype)
-    dhs, dh_next = enter_at_last(dhs, dh_next, last)
-    f_primes = block_derivatives(network, block, h_0, states)
-    dh_next, (_, dzs) = reverse_scan(
-        params.W_h, dh_next, dhs, f_primes, leak, block.mask, block.reset
+    dh_next, _, dzs = block_flow(
+        params, block, h_0, states[:2], dhs, dh_next, activation, leak, last=last
     )
-    return dh_next, block_gradient(params, block, h_0, states[0], dys, dzs)
+    sums_y = output_sums(block, states[0], dys, at_least_float32(dys.dtype))
+    return dh_next, block_gradient(params, block, h_0, states[0], dzs, sums_y)
