@@ -13,7 +13,7 @@ block of time after another, so only the hidden states are ever T steps long, an
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,9 @@ from jaxrnn.recurrence import (
     reverse_scan,
     scan,
 )
+
+Output: TypeAlias = tuple[Array, Array, tuple[Array, Array]]
+"""Of the output layer over a block: the loss, W_y^T dy_t of each step, and (dW_y, db_y)."""
 
 
 def outer_sum(d: Array, x: Array, dtype: DTypeLike) -> Array:
@@ -87,13 +90,8 @@ def block_zs(params: Params, block: Batch, h_0: Array, hs: Array) -> Array:
     return zs_x + previous(hs, h_0, block.mask, block.reset) @ params.W_h.T
 
 
-def block_output(
-    params: Params, block: Batch, hs: Array, loss: Loss
-) -> tuple[Array, Array, tuple[Array, Array]]:
-    """The output layer over a block: the loss, W_y^T dy_t of each step, and dW_y and db_y.
-
-    The sums over the steps of a block, here and below, are not divided by their count.
-    """
+def block_output(params: Params, block: Batch, hs: Array, loss: Loss) -> Output:
+    """The output layer over a block. Sums over steps, here and below, are not divided by a count."""
     dtype = at_least_float32(params.W_h.dtype)
     hs_y, targets = (where_exists(block.mask, leaf) for leaf in (hs, block.targets))
     weights = step_weights(block, dtype)
@@ -103,20 +101,16 @@ def block_output(
     return value, dys @ params.W_y, output_sums(block, hs, dys, dtype)
 
 
-def block_output_if_any(
-    params: Params, block: Batch, hs: Array, loss: Loss
-) -> tuple[Array, Array, tuple[Array, Array]]:
+def block_output_if_any(params: Params, block: Batch, hs: Array, loss: Loss) -> Output:
     """`block_output`, or zeros if no step of the block counts, as with targets at the end alone."""
 
-    def nothing(hs: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+    def nothing(hs: Array) -> Output:
         dtype = at_least_float32(params.W_h.dtype)
         sums = jnp.zeros(params.W_y.shape, dtype), jnp.zeros(params.b_y.shape, dtype)
         return match_varying_axes((jnp.zeros((), dtype), jnp.zeros_like(hs), sums), hs)
 
     counts = (step_weights(block) != 0).any()
-    output: tuple[Array, Array, tuple[Array, Array]] = lax.cond(
-        counts, lambda hs: block_output(params, block, hs, loss), nothing, hs
-    )
+    output: Output = lax.cond(counts, partial(block_output, params, block, loss=loss), nothing, hs)
     return output
 
 

@@ -31,8 +31,10 @@ FAULTS = {
     "errors for their change": ("(ys,), (ys_dot,))[1]", "(ys,), (ys_dot,))[0]"),
     "weights ignored": ("step_weights(block, ys.dtype)[..., None] * dys", "dys"),
     "W_y transposed": ("dhs = dys @ params.W_y", "dhs = dys @ params.W_y.T"),
-    "mask ignored in the reverse loop": ("params, block, h_0, states[:2], dhs,",
-                                         "params, block._replace(mask=None), h_0, states[:2], dhs,"),
+    "mask ignored in the reverse loop": (
+        "params, block, h_0, states[:2], dhs,",
+        "params, block._replace(mask=None), h_0, states[:2], dhs,",
+    ),
     "reset ignored in the reverse loop": (
         "params, block, h_0, states[:2], dhs,",
         "params, block._replace(reset=None), h_0, states[:2], dhs,",
