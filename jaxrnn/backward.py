@@ -91,7 +91,7 @@ def block_zs(params: Params, block: Batch, h_0: Array, hs: Array) -> Array:
 
 
 def block_output(params: Params, block: Batch, hs: Array, loss: Loss) -> Output:
-    """The output layer over a block. Sums over steps, here and below, are not divided by a count."""
+    """The output layer over a block. Sums over steps are not divided by their count."""
     dtype = at_least_float32(params.W_h.dtype)
     hs_y, targets = (where_exists(block.mask, leaf) for leaf in (hs, block.targets))
     weights = step_weights(block, dtype)
