@@ -24,13 +24,13 @@ from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
 from jaxrnn.blocks import (
-    at_last,
+    at_step,
     block_steps,
     enter_at_last,
     forward_steps,
+    join_blocks,
     near_divisor,
     scan_blocks,
-    states_before,
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
@@ -242,7 +242,7 @@ def bptt(
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = block_states(params, block, h, activation, leak, loop)
-        return at_last(states[0], last), (h, states if checkpoint_every is None else None)
+        return at_step(last, states[0]), (states if checkpoint_every is None else (h, None))
 
     def backward(carry: Any, block: Batch, last: Array | None, saved: Any) -> tuple[Any, None]:
         dh_next, sums = carry
@@ -260,9 +260,8 @@ def bptt(
     carry = match_varying_axes((jnp.zeros_like(h_0), zeros), h_0)  # dz_{T+1} = 0, and empty sums
     h_T, saved = scan_blocks(forward, h_0, batch, K_forward)
     states = None
-    if K_forward > K:  # one loop: each block reads its own of all states
-        _, states = saved
-        saved = states_before(h_0, states[0], K)
+    if checkpoint_every is None:
+        states, saved = (h_0, saved if K_forward == T else join_blocks(saved, T)), None
     (_, sums), _ = scan_blocks(backward, carry, batch, K, saved, states, reverse=True)
     value, grads = divide_by_count(sums, step_weights(batch, dtype).sum())
     return (value, h_T), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, ones_per_step, per_step, steps_shape
+from jaxrnn.batches import Batch, Tree, ones_per_step, per_step, steps_shape
 from jaxrnn.params import Params
 from jaxrnn.recurrence import match_varying_axes
 
@@ -74,7 +74,7 @@ def scan_blocks(
     batch: Batch,
     K: int,
     saved: Any = None,
-    states: Any = None,
+    states: tuple[Array, Any] | None = None,
     *,
     reverse: bool = False,
 ) -> tuple[Any, Any]:
@@ -89,8 +89,8 @@ def scan_blocks(
       batch: Batch of T steps.
       K: the steps of a block.
       saved: the outputs of an earlier call over the same blocks.
-      states: arrays of T steps. If there are any, the body gets a pair: what is saved for the
-        block, and the states of its steps.
+      states: h_0 and arrays of T steps, h_t first. The body gets the state before the block and
+        the arrays of its steps as `saved`.
       reverse: from the last block to the first.
 
     Returns:
@@ -98,16 +98,17 @@ def scan_blocks(
     """
     T = batch.xs.shape[0]
     if K == T:
-        return body(carry, batch, None, saved)
+        return body(carry, batch, None, states or saved)
     n = -(-T // K)
 
     def scan_body(carry: Any, inputs: Any) -> tuple[Any, Any]:
         k, saved = inputs
         start = jnp.maximum(T - (n - k) * K, 0)
-        block, states_block = jax.tree.map(
-            lambda leaf: lax.dynamic_slice_in_dim(leaf, start, K), (batch, states)
-        )
-        saved = saved if states is None else (saved, states_block)
+        block = steps_from(start, batch, K)
+        if states:
+            h_0, arrays = states
+            h = jnp.where(k == 0, h_0, at_step(jnp.maximum(start - 1, 0), arrays[0]))
+            saved = h, steps_from(start, arrays, K)
         if T % K == 0:
             return body(carry, block, None, saved)
         last = jnp.where(k == 0, T % K, K) - 1
@@ -126,22 +127,34 @@ def own_steps(xs: Array, last: Array | None) -> Array:
     return jnp.where(per_step(own, xs), xs, jnp.zeros((), xs.dtype))
 
 
-def states_before(h_0: Array, hs: Array, K: int) -> Array:
-    """The state before each block of K steps of `scan_blocks`, (n, *batch, H), from all states.
+def steps_from(start: Array, steps: Tree, K: int) -> Tree:
+    """K steps of each array, from step `start`."""
+    block: Tree = jax.tree.map(lambda xs: lax.dynamic_slice_in_dim(xs, start, K), steps)
+    return block
 
-    >>> hs = jnp.arange(1.0, 7.0)[:, None]
-    >>> states_before(jnp.zeros(1), hs, 2).ravel().tolist()
-    [0.0, 2.0, 4.0]
-    >>> states_before(jnp.zeros(1), hs, 4).ravel().tolist()
-    [0.0, 2.0]
+
+def at_step(t: Array | None, xs: Array) -> Array:
+    """x_t, or that of the last step if t is None."""
+    return xs[-1] if t is None else lax.dynamic_index_in_dim(xs, t, keepdims=False)
+
+
+def join_blocks(blocks: Tree, T: int) -> Tree:
+    """The arrays of T steps from those of `scan_blocks`, (n, K, ...).
+
+    >>> blocks = jnp.array([[1, 2, 3, 4], [3, 4, 5, 6]])
+    >>> join_blocks(blocks, 6).tolist(), join_blocks(blocks, 8).tolist()
+    ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 3, 4, 5, 6])
     """
-    T = len(hs)
-    return jnp.concatenate([h_0[None], hs[(T - 1) % K : T - K : K]])
 
+    def join(xs: Array) -> Array:
+        n, K = xs.shape[:2]
+        if n * K == T:
+            return xs.reshape(T, *xs.shape[2:])
+        rest = xs[1:].reshape(-1, *xs.shape[2:])
+        return jnp.concatenate([xs[0, : T - len(rest)], rest])
 
-def at_last(xs: Array, last: Array | None) -> Array:
-    """x_t of step `last`, or of the last step if it is None."""
-    return xs[-1] if last is None else lax.dynamic_index_in_dim(xs, last, keepdims=False)
+    joined: Tree = jax.tree.map(join, blocks)
+    return joined
 
 
 def enter_at_last(dhs: Array, dh_next: Array, last: Array | None) -> tuple[Array, Array]:
@@ -151,6 +164,6 @@ def enter_at_last(dhs: Array, dh_next: Array, last: Array | None) -> tuple[Array
     """
     if last is None:
         return dhs, dh_next
-    dh = at_last(dhs, last) + dh_next
+    dh = at_step(last, dhs) + dh_next
     zeros = match_varying_axes(jnp.zeros_like(dh_next), dh_next)
     return lax.dynamic_update_index_in_dim(dhs, dh, last, 0), zeros

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.batches import Batch, divide_by_count, step_weights
-from jaxrnn.blocks import at_last, block_steps, near_divisor, scan_blocks
+from jaxrnn.blocks import at_step, block_steps, near_divisor, scan_blocks
 from jaxrnn.linearization import (
     Network,
     block_tangents,
@@ -104,7 +104,7 @@ def gauss_newton(
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = linearization_states(network, block, h)
-        return at_last(states[0], last), (h, states if stored else None)
+        return at_step(last, states[0]), (h, states if stored else None)
 
     _, saved = scan_blocks(forward, h_0, batch, K)
 
@@ -131,7 +131,7 @@ def _product(
         stored = states is not None
         states = states if stored else linearization_states(network, block, h)
         h_dots = block_tangents(network, v, block, h, states, h_dot)
-        return at_last(h_dots, last), (h_dot, h_dots if stored else None)
+        return at_step(last, h_dots), (h_dot, h_dots if stored else None)
 
     def backward(carry: Any, block: Batch, last: Array | None, saved: Any) -> tuple[Any, None]:
         dh_next, sums = carry

@@ -57,7 +57,8 @@ BACKWARD = {
         "hold(valid, unless_reset(reset_t, dh_before), dh)",
         "hold(valid, unless_reset(reset_t, dh_before), dh_next)",
     ),
-    "state of a step of the second block": ("at_last(states[0], last), (h", "states[0][-1], (h"),
+    "state of a step of the second block": ("at_step(last, states[0]), (", "states[0][-1], ("),
+    "h_t before a block": ("jnp.maximum(start - 1, 0)", "start"),
     "every block from the first state": (
         "h, states = saved\n", "h, states = saved\n        h = h_0\n"
     ),

@@ -47,7 +47,7 @@ FAULTS = {
     ),
     "dh_next behind the first block": ("dh_next, activation, leak, last=last",
                                        "dh_next, activation, leak"),
-    "blocks not joined forward": ("return at_last(h_dots, last), (h_dot",
+    "blocks not joined forward": ("return at_step(last, h_dots), (h_dot",
                                   "return h_dot, (h_dot"),
     "blocks not joined in reverse": ("return (dh_next, jax.tree", "return (0 * dh_next, jax.tree"),
     "one block alone": ("jax.tree.map(jnp.add, sums, block_sums)", "block_sums"),
