@@ -238,7 +238,9 @@ def bptt(
         K = block_steps(params, batch, loop is not scan)
         K_forward = forward_steps(T, K, h_0)
 
-    output = block_output if batch.weights is None or K == T else block_output_if_any
+    # On a GPU, a condition waits for the device.
+    can_skip = batch.weights is not None and K < T and jax.default_backend() == "cpu"
+    output = block_output_if_any if can_skip else block_output
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = block_states(params, block, h, activation, leak, loop)
