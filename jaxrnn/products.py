@@ -75,6 +75,15 @@ def replicated(x: Array) -> NamedSharding | None:
     return NamedSharding(mesh, P()) if AxisType.Explicit in mesh.axis_types else None
 
 
+def split_as(like: Array, x: Array) -> Array:
+    """x, split over devices as `like` is if mesh axes are explicit."""
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    split: Array = jax.sharding.reshard(x, sharding)
+    return split
+
+
 def add_bias(products: Array, b: Array) -> Array:
     """products + b, added in float32 at least, because autodiff sums db in that dtype."""
     dtype = at_least_float32(b.dtype)

@@ -28,7 +28,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxrnn.activations import Activation
 from jaxrnn.batches import Tree, per_step, steps_shape, where_exists
 from jaxrnn.params import Params
-from jaxrnn.products import Transposed, in_fast_layout, input_product, per_unit
+from jaxrnn.products import Transposed, in_fast_layout, input_product, per_unit, split_as
 
 Loop: TypeAlias = Callable[..., tuple[Any, Any]]
 """What runs a step for all steps; `scan` is the specification."""
@@ -90,10 +90,10 @@ def previous(hs: Array, h_0: Array, mask: Array | None, reset: Array | None) -> 
 
 
 def initial_state(params: Params, xs: Array, h_0: Array | None) -> Array:
-    """h_0 in the parameters' dtype; zeros if None, split over devices as the inputs are."""
-    if h_0 is None:
-        h_0 = jnp.zeros((*steps_shape(xs)[1:], params.W_h.shape[0]))
-        h_0 = jnp.zeros_like(input_product(params, xs[0])) if xs.shape[0] else h_0
+    """h_0 in the parameters' dtype, zeros if None; split over devices as the inputs are."""
+    shape = (*steps_shape(xs)[1:], params.W_h.shape[0])
+    z_x = input_product(params, xs[0]) if xs.shape[0] else jnp.zeros(shape)
+    h_0 = jnp.zeros_like(z_x) if h_0 is None else split_as(z_x, h_0)
     h_0 = h_0.astype(params.W_h.dtype)
     return match_varying_axes(match_varying_axes(h_0, xs), params.W_h)
 

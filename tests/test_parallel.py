@@ -131,17 +131,17 @@ def test_an_explicit_mesh_gives_the_same_value_and_gradient():
 
 
 def with_explicit_sharding():
-    """Calls of public functions: name -> function of (params, batch)."""
+    """Calls of public functions: name -> function of (params, batch, h_0)."""
     options = {"leak": 0.5, "activation": jaxrnn.relu}
     adam = optax.adam(1e-2)
 
-    def states(function, params, batch):
+    def states(function, params, batch, h_0):
         fields = {"drive": batch.drive, "mask": batch.mask, "reset": batch.reset}
-        return function(params, batch.xs, **fields, **options)
+        return function(params, batch.xs, h_0, **fields, **options)
 
-    def update(params, batch):
+    def update(params, batch, h_0):
         step = jaxrnn.make_update(jaxrnn.bptt, adam)
-        return step(jaxrnn.init_state(params, adam), batch)[1].loss
+        return step(jaxrnn.init_state(params, adam, h_0), batch)[1].loss
 
     return {
         "bptt": jaxrnn.bptt,
@@ -167,19 +167,23 @@ def with_explicit_sharding():
     default_and_thorough(["bptt with options", "unroll"], with_explicit_sharding()),
 )
 def test_explicit_sharding_gives_the_same_results(name, options, tokens):
-    """The batch is split over the mesh, and JAX propagates its sharding in the types."""
+    """The batch is split over the mesh, and JAX propagates its sharding in the types.
+
+    With options, the first state is whole on each device.
+    """
     case = random_case(
         3, dtype=np.float32, T=37, batch_shape=(8,), sizes=(3, 5, 2), loss="cross_entropy",
         labels=True, mask=options, reset=options, weights=options, drive=options, tokens=tokens,
         h_0=False,
     )  # fmt: skip
+    h_0 = jax.random.normal(jax.random.key(4), (8, 5)) if options else None
     function = jax.jit(with_explicit_sharding()[name])
-    expected = function(case.params, case.batch)
+    expected = function(case.params, case.batch, h_0)
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         params = jax.device_put(case.params, NamedSharding(mesh, P()))
         batch = jax.device_put(case.batch, NamedSharding(mesh, P(None, "batch")))
-        assert max(relative_errors(function(params, batch), expected)) <= 1e-5
+        assert max(relative_errors(function(params, batch, h_0), expected)) <= 1e-5
 
 
 def test_gradient_flow_inside_shard_map(mesh):
