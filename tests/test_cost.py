@@ -55,6 +55,22 @@ def test_only_the_hidden_states_have_length_T():
     assert temporary(jaxrnn.bptt, T, B=B, H=H) <= 1.15 * (T * B * H * 4)
 
 
+def test_only_the_hidden_states_have_length_T_by_blocks():
+    """Also where the forward pass goes block by block: no state is stored a second time."""
+    T, B, H = 64, 1024, 64
+    assert temporary(jaxrnn.bptt, T, B=B, H=H) <= 1.15 * (T * B * H * 4)
+
+
+def test_blocks_without_targets_leave_out_the_output_layer():
+    """By one condition, if there are weights, and blocks in which they may all be 0."""
+
+    def conditions(T, **options):
+        return compiled(jaxrnn.bptt, T, **options).as_text().count(" conditional(")
+
+    assert conditions(640, weights=jnp.float32) == 1
+    assert conditions(640) == conditions(641) == conditions(8, weights=jnp.float32) == 0
+
+
 def test_no_one_hot_inputs_or_outputs_of_all_steps_are_stored():
     """(T, B, I) or (T, B, O) would be a thousand times (T, B)."""
     sizes = {"I": 1000, "O": 1000, "H": 16, "tokens": True}
