@@ -13,6 +13,7 @@ from jax import Array, lax
 from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, step_weights
 from jaxrnn.gradients import GradientFn, PyTree, value_dtype
+from jaxrnn.products import split_as
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree, PyTree], PyTree]
 """An optax optimiser, or a rule (params, grads) -> params."""
@@ -263,7 +264,7 @@ def make_update(
         extra = {"value": value, "grad": grads, "value_fn": _value_fn(gradient)}
         params, opt_state = _apply(optimizer, state.params, grads, state.opt_state, **extra)
         h = None if state.h is None else lax.stop_gradient(h_T)
-        h = jax.tree.map(lambda new, old: new.astype(old.dtype), h, state.h)
+        h = jax.tree.map(lambda new, old: split_as(old, new.astype(old.dtype)), h, state.h)
 
         finite = _all_finite((value, norm, params, h))
         before, after = (state.params, state.opt_state, state.h), (params, opt_state, h)

@@ -181,7 +181,7 @@ def test_explicit_sharding_gives_the_same_results(name, options, tokens):
     expected = function(case.params, case.batch, h_0)
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        params = jax.device_put(case.params, NamedSharding(mesh, P()))
+        params, h_0 = jax.device_put((case.params, h_0), NamedSharding(mesh, P()))
         batch = jax.device_put(case.batch, NamedSharding(mesh, P(None, "batch")))
         assert max(relative_errors(function(params, batch, h_0), expected)) <= 1e-5
 
