@@ -70,6 +70,13 @@ def test_blocks_without_targets_leave_out_the_output_layer():
     assert conditions(640, weights=jnp.float32) == 1
     assert conditions(640) == conditions(641) == conditions(8, weights=jnp.float32) == 0
 
+    params, xs = jaxrnn.init(jax.random.key(0), 8, 64, 1), jnp.ones((640, 16, 8))
+    weights = jnp.zeros((640, 16)).at[-1].set(1)
+    targets = jnp.where(jnp.arange(640)[:, None, None] < 320, jnp.nan, jnp.zeros((640, 16, 1)))
+    batch = Batch(xs, targets, weights=weights)
+    (value, _), _ = jax.jit(partial(jaxrnn.bptt, loss=jaxrnn.squared_error))(params, batch)
+    assert jnp.isfinite(value)  # targets of blocks that do not count are not read
+
 
 def test_no_one_hot_inputs_or_outputs_of_all_steps_are_stored():
     """(T, B, I) or (T, B, O) would be a thousand times (T, B)."""
