@@ -91,7 +91,7 @@ def block_zs(params: Params, block: Batch, h_0: Array, hs: Array) -> Array:
 
 
 def block_output(params: Params, block: Batch, hs: Array, loss: Loss) -> Output:
-    """The output layer over a block. Sums over steps are not divided by their count."""
+    """The output layer over a block."""
     dtype = at_least_float32(params.W_h.dtype)
     hs_y, targets = (where_exists(block.mask, leaf) for leaf in (hs, block.targets))
     weights = step_weights(block, dtype)
@@ -153,30 +153,21 @@ def block_flow(
 
 
 def output_sums(block: Batch, hs: Array, dys: Array, dtype: DTypeLike) -> tuple[Array, Array]:
-    """dW_y and db_y, summed over the steps of a block."""
-    hs_y = where_exists(block.mask, hs)
-    return outer_sum(dys, hs_y, dtype), bias_sum(dys, dtype)
+    """dW_y = sum dy_t h_t^T and db_y = sum dy_t over a block, not divided by the count."""
+    return outer_sum(dys, where_exists(block.mask, hs), dtype), bias_sum(dys, dtype)
 
 
-def block_gradient(
-    params: Params,
-    block: Batch,
-    h_0: Array,
-    hs: Array,
-    dzs: Array,
-    sums_y: tuple[Array, Array],
-) -> Params:
-    """The gradient from the steps of a block: from dz_t, and dW_y and db_y as they are."""
+def hidden_sums(
+    params: Params, block: Batch, h_0: Array, hs: Array, dzs: Array
+) -> tuple[Array, Array, Array]:
+    """dW_x = sum dz_t x_t^T, dW_h = sum dz_t h_{t-1}^T and db_h = sum dz_t over a block."""
     dtype = at_least_float32(params.W_h.dtype)
     xs = where_exists(block.mask, block.xs)
     hs_before = previous(hs, h_0, block.mask, block.reset)
-    W_y, b_y = sums_y
-    return Params(
-        W_x=input_outer_sum(dzs, xs, params.W_x.shape[1], dtype),
-        W_h=outer_sum(dzs, hs_before, dtype),
-        W_y=W_y,
-        b_h=bias_sum(dzs, dtype),
-        b_y=b_y,
+    return (
+        input_outer_sum(dzs, xs, params.W_x.shape[1], dtype),
+        outer_sum(dzs, hs_before, dtype),
+        bias_sum(dzs, dtype),
     )
 
 
@@ -251,11 +242,12 @@ def bptt(
         h, states = saved
         if states is None:
             states = block_states(params, block, h, activation, leak, loop)
-        value, dhs_y, sums_y = output(params, block, states[0], loss)
+        value, dhs_y, (dW_y, db_y) = output(params, block, states[0], loss)
         dh_next, _, dzs = block_flow(
             params, block, h, states, dhs_y, dh_next, activation, leak, loop, last
         )
-        block_sums = value, block_gradient(params, block, h, states[0], dzs, sums_y)
+        dW_x, dW_h, db_h = hidden_sums(params, block, h, states[0], dzs)
+        block_sums = value, Params(dW_x, dW_h, dW_y, db_h, db_y)
         return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)

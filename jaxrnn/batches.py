@@ -127,7 +127,10 @@ def check_sequence(
     targets: Any = None,
     weights: Any = None,
 ) -> None:
-    """Raises TypeError or ValueError unless the arguments of `hidden_states` fit one another."""
+    """Raises TypeError or ValueError unless the arguments of `hidden_states` fit one another.
+
+    Targets and weights, where there are any, help to tell tokens from numbers.
+    """
     check_input("xs", params, xs, "T, *batch")
     check_tokens(params, Batch(xs, targets, mask, reset, weights, drive), h_0)
     shape = steps_shape(xs)
@@ -150,16 +153,8 @@ def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:
     Without Params, the fields of the batch still have to fit one another.
     """
     check_is_batch(batch)
-    check_sequence(
-        params,
-        batch.xs,
-        h_0,
-        batch.drive,
-        batch.mask,
-        batch.reset,
-        batch.targets,
-        batch.weights,
-    )
+    xs, targets, mask, reset, weights, drive = batch
+    check_sequence(params, xs, h_0, drive, mask, reset, targets, weights)
     shape, O = steps_shape(batch.xs), "O" if params is None else params.W_y.shape[0]
     checks.check_array("targets", batch.targets)
     if not jnp.issubdtype(batch.targets.dtype, jnp.number) and batch.targets.dtype != jnp.bool_:

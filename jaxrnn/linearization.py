@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation
-from jaxrnn.backward import block_flow, block_gradient, block_states, block_zs, output_sums
+from jaxrnn.backward import block_flow, block_states, block_zs, hidden_sums, output_sums
 from jaxrnn.batches import Batch, step_weights, where_exists
 from jaxrnn.blocks import own_steps
 from jaxrnn.losses import Loss
@@ -98,5 +98,6 @@ def block_transpose(
     dh_next, _, dzs = block_flow(
         params, block, h_0, states[:2], dhs, dh_next, activation, leak, last=last
     )
-    sums_y = output_sums(block, states[0], dys, at_least_float32(dys.dtype))
-    return dh_next, block_gradient(params, block, h_0, states[0], dzs, sums_y)
+    dW_x, dW_h, db_h = hidden_sums(params, block, h_0, states[0], dzs)
+    dW_y, db_y = output_sums(block, states[0], dys, at_least_float32(dys.dtype))
+    return dh_next, Params(dW_x, dW_h, dW_y, db_h, db_y)
