@@ -255,7 +255,7 @@ def bptt(
     h_T, saved = scan_blocks(forward, h_0, batch, K_forward)
     states = None
     if checkpoint_every is None:
-        states, saved = (h_0, saved if K_forward == T else join_blocks(saved, T)), None
+        states, saved = (h_0, saved if K_forward == T else join_blocks(saved)), None
     (_, sums), _ = scan_blocks(backward, carry, batch, K, saved, states, reverse=True)
     value, grads = divide_by_count(sums, step_weights(batch, dtype).sum())
     return (value, h_T), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

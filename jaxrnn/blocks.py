@@ -89,8 +89,8 @@ def scan_blocks(
       batch: Batch of T steps.
       K: the steps of a block.
       saved: the outputs of an earlier call over the same blocks.
-      states: h_0 and arrays of T steps, h_t first. The body gets the state before the block and
-        the arrays of its steps as `saved`.
+      states: h_0 and arrays of T steps or of all blocks (`join_blocks`), h_t first. The body gets
+        the state before the block and the arrays of its steps as `saved`.
       reverse: from the last block to the first.
 
     Returns:
@@ -107,8 +107,10 @@ def scan_blocks(
         block = steps_from(start, batch, K)
         if states:
             h_0, arrays = states
-            h = jnp.where(k == 0, h_0, at_step(jnp.maximum(start - 1, 0), arrays[0]))
-            saved = h, steps_from(start, arrays, K)
+            shared = len(arrays[0]) - T
+            before = start + jnp.where(k > 1, shared, 0) - 1
+            h = jnp.where(k == 0, h_0, at_step(jnp.maximum(before, 0), arrays[0]))
+            saved = h, steps_from(start + jnp.where(k > 0, shared, 0), arrays, K)
         if T % K == 0:
             return body(carry, block, None, saved)
         last = jnp.where(k == 0, T % K, K) - 1
@@ -138,22 +140,12 @@ def at_step(t: Array | None, xs: Array) -> Array:
     return xs[-1] if t is None else lax.dynamic_index_in_dim(xs, t, keepdims=False)
 
 
-def join_blocks(blocks: Tree, T: int) -> Tree:
-    """The arrays of T steps from those of `scan_blocks`, (n, K, ...).
+def join_blocks(blocks: Tree) -> Tree:
+    """The steps of all blocks from the outputs of `scan_blocks`: (n, K, ...) -> (n K, ...).
 
-    >>> blocks = jnp.array([[1, 2, 3, 4], [3, 4, 5, 6]])
-    >>> join_blocks(blocks, 6).tolist(), join_blocks(blocks, 8).tolist()
-    ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 3, 4, 5, 6])
+    If K does not divide T, the steps that two blocks share are there twice.
     """
-
-    def join(xs: Array) -> Array:
-        n, K = xs.shape[:2]
-        if n * K == T:
-            return xs.reshape(T, *xs.shape[2:])
-        rest = xs[1:].reshape(-1, *xs.shape[2:])
-        return jnp.concatenate([xs[0, : T - len(rest)], rest])
-
-    joined: Tree = jax.tree.map(join, blocks)
+    joined: Tree = jax.tree.map(lambda xs: xs.reshape(-1, *xs.shape[2:]), blocks)
     return joined
 
 

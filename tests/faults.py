@@ -58,7 +58,9 @@ BACKWARD = {
         "hold(valid, unless_reset(reset_t, dh_before), dh_next)",
     ),
     "state of a step of the second block": ("at_step(last, states[0]), (", "states[0][-1], ("),
-    "h_t before a block": ("jnp.maximum(start - 1, 0)", "start"),
+    "h_t before a block": ("jnp.where(k > 1, shared, 0) - 1", "jnp.where(k > 1, shared, 0)"),
+    "states before shared steps": ("start + jnp.where(k > 0, shared, 0)", "start"),
+    "state before shared steps": ("jnp.where(k > 1, shared, 0)", "jnp.where(k > 0, shared, 0)"),
     "every block from the first state": (
         "h, states = saved\n", "h, states = saved\n        h = h_0\n"
     ),

@@ -55,9 +55,10 @@ def test_only_the_hidden_states_have_length_T():
     assert temporary(jaxrnn.bptt, T, B=B, H=H) <= 1.15 * (T * B * H * 4)
 
 
-def test_only_the_hidden_states_have_length_T_by_blocks():
-    """Also where the forward pass goes block by block: no state is stored a second time."""
-    T, B, H = 64, 1024, 64
+@pytest.mark.parametrize(("T", "B", "H"), [(64, 1024, 64), (769, 64, 100)])
+def test_only_the_hidden_states_have_length_T_by_blocks(T, B, H):
+    """Also where the forward pass goes block by block: no state is stored a second time, also if
+    no block divides T."""
     assert temporary(jaxrnn.bptt, T, B=B, H=H) <= 1.15 * (T * B * H * 4)
 
 
