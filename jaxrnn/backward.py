@@ -228,6 +228,7 @@ def bptt(
     else:
         K = block_steps(params, batch, loop is not scan)
         K_forward = forward_steps(T, K, h_0)
+    count = step_weights(batch, dtype).sum()
 
     # On a GPU, a condition waits for the device.
     can_skip = batch.weights is not None and K < T and jax.default_backend() == "cpu"
@@ -238,7 +239,7 @@ def bptt(
         return at_step(last, states[0]), (states if checkpoint_every is None else (h, None))
 
     def backward(carry: Any, block: Batch, last: Array | None, saved: Any) -> tuple[Any, None]:
-        dh_next, sums = carry
+        dh_next, means = carry
         h, states = saved
         if states is None:
             states = block_states(params, block, h, activation, leak, loop)
@@ -247,15 +248,14 @@ def bptt(
             params, block, h, states, dhs_y, dh_next, activation, leak, loop, last
         )
         dW_x, dW_h, db_h = hidden_sums(params, block, h, states[0], dzs)
-        block_sums = value, Params(dW_x, dW_h, dW_y, db_h, db_y)
-        return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
+        sums = value, Params(dW_x, dW_h, dW_y, db_h, db_y)
+        return (dh_next, jax.tree.map(jnp.add, means, divide_by_count(sums, count))), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    carry = match_varying_axes((jnp.zeros_like(h_0), zeros), h_0)  # dz_{T+1} = 0, and empty sums
+    carry = match_varying_axes((jnp.zeros_like(h_0), zeros), h_0)  # dz_{T+1} = 0
     h_T, saved = scan_blocks(forward, h_0, batch, K_forward)
     states = None
     if checkpoint_every is None:
         states, saved = (h_0, saved if K_forward == T else join_blocks(saved)), None
-    (_, sums), _ = scan_blocks(backward, carry, batch, K, saved, states, reverse=True)
-    value, grads = divide_by_count(sums, step_weights(batch, dtype).sum())
+    (_, (value, grads)), _ = scan_blocks(backward, carry, batch, K, saved, states, reverse=True)
     return (value, h_T), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxrnn import checks
@@ -118,7 +119,7 @@ def scan_blocks(
         weights = ones if block.weights is None else block.weights
         return body(carry, block._replace(weights=own_steps(weights, last)), last, saved)
 
-    return lax.scan(scan_body, carry, (jnp.arange(n), saved), reverse=reverse)
+    return lax.scan(scan_body, carry, (np.arange(n), saved), reverse=reverse)
 
 
 def own_steps(xs: Array, last: Array | None) -> Array:

@@ -134,23 +134,23 @@ def _product(
         return at_step(last, h_dots), (h_dot, h_dots if stored else None)
 
     def backward(carry: Any, block: Batch, last: Array | None, saved: Any) -> tuple[Any, None]:
-        dh_next, sums = carry
+        dh_next, means = carry
         (h, states), (h_dot, h_dots) = saved
         if states is None:
             states = linearization_states(network, block, h)
             h_dots = block_tangents(network, v, block, h, states, h_dot)
-        dh_next, block_sums = block_transpose(
+        dh_next, sums = block_transpose(
             network, v, block, h, states, h_dots, dh_next, structural, last
         )
-        return (dh_next, jax.tree.map(jnp.add, sums, block_sums)), None
+        return (dh_next, jax.tree.map(jnp.add, means, divide_by_count(sums, count))), None
 
     dtype = at_least_float32(v.W_h.dtype)
+    count = step_weights(batch, dtype).sum()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), v)
     h_0_dot = jnp.zeros_like(h_0)  # h_0 does not depend on the parameters
     h_0_dot, carry = match_varying_axes((h_0_dot, (h_0_dot, zeros)), h_0)
     _, tangents = scan_blocks(forward, h_0_dot, batch, K, saved)
-    (_, sums), _ = scan_blocks(backward, carry, batch, K, (saved, tangents), reverse=True)
-    means = divide_by_count(sums, step_weights(batch, dtype).sum())
+    (_, means), _ = scan_blocks(backward, carry, batch, K, (saved, tangents), reverse=True)
     Gv: Params = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), means, v)
     return Gv
 
