@@ -146,7 +146,7 @@ def join_blocks(blocks: Tree) -> Tree:
 
     If K does not divide T, the steps that two blocks share are there twice.
     """
-    joined: Tree = jax.tree.map(lambda xs: xs.reshape(-1, *xs.shape[2:]), blocks)
+    joined: Tree = jax.tree.map(lambda xs: lax.collapse(xs, 0, 2), blocks)
     return joined
 
 
