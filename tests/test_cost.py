@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch
+from jaxrnn import Batch, backward
+from jaxrnn.recurrence import scan
 from tests.conftest import default_and_thorough
 from tests.reference import plain_loss
 
@@ -77,6 +78,27 @@ def test_blocks_without_targets_leave_out_the_output_layer():
     batch = Batch(xs, targets, weights=weights)
     (value, _), _ = jax.jit(partial(jaxrnn.bptt, loss=jaxrnn.squared_error))(params, batch)
     assert jnp.isfinite(value)  # targets of blocks that do not count are not read
+
+
+@pytest.mark.parametrize("backend", ["gpu", "METAL"])
+def test_a_device_does_not_wait_for_a_condition(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    hlo = compiled(partial(jaxrnn.bptt), 640, weights=jnp.float32).as_text()
+    assert " conditional(" not in hlo
+
+
+def test_a_loop_other_than_the_scan_may_be_one_kernel(monkeypatch):
+    """One kernel needs no blocks on a GPU."""
+    kernels = []
+
+    def recorded(params, batch, one_kernel):
+        kernels.append(one_kernel)
+        return 8
+
+    monkeypatch.setattr(backward, "block_steps", recorded)
+    for loop in (scan, lambda *arguments, **options: scan(*arguments, **options)):
+        compiled(partial(jaxrnn.bptt, loop=loop), 64)
+    assert kernels == [False, True]
 
 
 def test_no_one_hot_inputs_or_outputs_of_all_steps_are_stored():
