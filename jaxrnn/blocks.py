@@ -108,7 +108,7 @@ def scan_blocks(
         block = steps_from(start, batch, K)
         if states:
             h_0, arrays = states
-            shared = len(arrays[0]) - T
+            shared = len(arrays[0]) - T  # joined blocks hold these steps twice
             before = start + jnp.where(k > 1, shared, 0) - 1
             h = jnp.where(k == 0, h_0, at_step(jnp.maximum(before, 0), arrays[0]))
             saved = h, steps_from(start + jnp.where(k > 0, shared, 0), arrays, K)
