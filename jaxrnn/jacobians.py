@@ -15,7 +15,7 @@ from jaxrnn.batches import check_input, check_sequence, check_state, steps_shape
 from jaxrnn.forward import hidden_states
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
-from jaxrnn.recurrence import initial_state, previous
+from jaxrnn.recurrence import initial_state, match_varying_axes, previous
 
 
 def jacobian(
@@ -161,13 +161,13 @@ def lyapunov_exponents(
         raise ValueError(f"xs: expected at least 1 step, got shape {xs.shape}")
     h_0 = initial_state(params, xs, h_0)
     _, hs = hidden_states(params, xs, h_0, activation=activation, leak=leak, drive=drive)
-    identity = jnp.eye(h_0.shape[-1], dtype=h_0.dtype)
 
     def body(Q: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
         J = state_jacobian(activation, params.W_h, *inputs, as_leak(params, leak))
         Q, R = jnp.linalg.qr(J @ Q)
         return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
 
-    Q_0 = jnp.broadcast_to(identity, (*h_0.shape, h_0.shape[-1]))
+    identity = jnp.eye(h_0.shape[-1], dtype=h_0.dtype)
+    Q_0 = match_varying_axes(identity + jnp.zeros_like(h_0)[..., None], h_0)
     _, growth = lax.scan(body, Q_0, (input_zs(params, xs, drive), previous(hs, h_0, None, None)))
     return jnp.sort(growth.mean(axis=0), axis=-1)[..., ::-1]

@@ -176,10 +176,11 @@ def buckets(lengths: Sequence[int], *, padding: float = 0.1) -> list[np.ndarray]
     """
     if not 0 <= padding < 1:
         raise ValueError(f"padding: expected a share in [0, 1), got {padding}")
-    order = np.argsort(-np.asarray(lengths, int), kind="stable")
+    T = np.asarray(lengths, int)  # sums would overflow in the dtype of short integers
+    order = np.argsort(-T, kind="stable")
     found, start, total = [], 0, 0
-    for stop, length in enumerate(lengths[n] for n in order):
-        steps = (stop + 1 - start) * lengths[order[start]]
+    for stop, length in enumerate(T[order]):
+        steps = (stop + 1 - start) * T[order[start]]
         # Exact integers on the left, so that padding=0 accepts a bucket of equal lengths.
         if steps - total - length > padding * steps:
             found.append(order[start:stop])

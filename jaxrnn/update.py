@@ -248,6 +248,7 @@ def make_update(
     >>> bool(after.loss < before.loss)
     True
     """
+    checks.check_function("gradient_fn", gradient_fn)
     check_optimizer(optimizer)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 from jaxrnn.jacobians import jacobian, jacobian_products, lyapunov_exponents
@@ -140,3 +141,12 @@ def test_a_wrong_type_is_named():
     with pytest.raises(TypeError, match=r"^Js: expected a floating-point dtype, got int32$"):
         jacobian_products(jnp.ones((2, 3, 3), jnp.int32))
     assert jacobian(params, jnp.ones(4), jnp.ones(2)).dtype == jnp.bfloat16
+
+
+def test_lyapunov_exponents_in_shard_map():
+    params = jaxrnn.init(jax.random.key(0), 2, 3, 1)
+    xs = jax.random.normal(jax.random.key(1), (6, 4, 2))
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("batch",))
+    specs = {"in_specs": P(None, "batch"), "out_specs": P("batch")}
+    fn = jax.shard_map(partial(lyapunov_exponents, params), mesh=mesh, **specs)
+    np.testing.assert_allclose(fn(xs), lyapunov_exponents(params, xs), rtol=1e-4, atol=1e-5)

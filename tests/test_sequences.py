@@ -203,6 +203,12 @@ def test_buckets_hold_each_sequence_once_and_limit_the_padding(lengths, padding)
         assert share([*bucket, after[0]]) > padding - 1e-12, "the next sequence would have fitted"
 
 
+def test_buckets_of_lengths_in_eight_bits():
+    lengths = [100, 100, 100, 60, 50]
+    narrow = jaxrnn.buckets(np.array(lengths, np.int8))
+    assert [b.tolist() for b in narrow] == [b.tolist() for b in jaxrnn.buckets(lengths)]
+
+
 def test_buckets_reject_an_invalid_share():
     for padding in (1, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"padding: expected a share in \[0, 1\), got"):

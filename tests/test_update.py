@@ -290,3 +290,8 @@ def test_a_carried_state_keeps_its_dtype(params, batch):
     state = jaxrnn.init_state(params, rule, h)
     state, _ = jaxrnn.make_update(jaxrnn.bptt, rule)(state, batch)
     assert state.h.dtype == jnp.bfloat16
+
+
+def test_a_gradient_function_that_is_none_is_named():
+    with pytest.raises(TypeError, match="gradient_fn: expected a function, got None"):
+        jaxrnn.make_update(None, optax.sgd(0.1))
