@@ -168,6 +168,6 @@ def lyapunov_exponents(
         return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
 
     identity = jnp.eye(h_0.shape[-1], dtype=h_0.dtype)
-    Q_0 = match_varying_axes(identity + jnp.zeros_like(h_0)[..., None], h_0)
+    Q_0 = match_varying_axes(jnp.broadcast_to(identity, (*h_0.shape, h_0.shape[-1])), h_0)
     _, growth = lax.scan(body, Q_0, (input_zs(params, xs, drive), previous(hs, h_0, None, None)))
     return jnp.sort(growth.mean(axis=0), axis=-1)[..., ::-1]
