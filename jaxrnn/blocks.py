@@ -19,13 +19,16 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     """The steps of a block, whose products `bptt` takes together; see experiments/README.md.
 
     On a CPU, a block has about 1.25 (I + H + O) rows, so that adding its gradient to the sums costs
-    little in comparison, or 16,384 numbers and 512 steps if that is more, so that launches cost
-    little. It has at most a quarter of the steps or 2,048 numbers. If it has more than 16,384, its
-    inputs take at most half of what all states take, its outputs as much. There is one block for up
-    to 512 steps of 32,768 numbers, which takes less time, also to compile. Each block copies its
-    inputs; if these are four times as large as all states, there is one block. So there is if W_x
-    is twice as large as all states, since each block copies its gradient. A GPU needs larger
-    blocks, and one block if each loop is `one_kernel`.
+    little in comparison. It has more if its widest array then has at most 16,384 numbers and 512
+    steps, so that launches cost little. It has at most about a quarter of the steps or 2,048
+    numbers. If it has more than 16,384, its inputs take at most about half of what all states take,
+    its outputs as much as all states. Up to 512 steps of 32,768 numbers in all are one block, which
+    takes less time, also to compile.
+
+    Each block copies its inputs: if those of the first rule were four times as large as all states,
+    there is one block. Each block copies the gradient of W_x: if W_x is twice as large as all
+    states, there is one block. Tokens take no room as inputs. On a GPU a block has about 128 steps,
+    and there is one block if each loop is `one_kernel`.
     """
     T, *batch_axes = steps_shape(batch.xs)
     if not all(isinstance(size, int) for size in (T, *batch_axes)):
@@ -39,7 +42,7 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     small = min(2**14 // (B * widest), 512)
     K = max(-(-5 * (I + H + O) // (4 * B)), small)
     few = T <= 512 and T * B * widest <= 2**15
-    if few or 4 * T * H <= K * I or 2 * T * B <= I:
+    if few or 4 * T * H <= K * I or params.W_x.shape[1] >= 2 * T * B:
         return T
     largest = max(T // 4, 2**11 // (B * widest))
     return near_divisor(T, max(1, min(K, largest, max(small, T * H // max(2 * I, O)))))
@@ -108,10 +111,10 @@ def scan_blocks(
         block = steps_from(start, batch, K)
         if states:
             h_0, arrays = states
-            shared = len(arrays[0]) - T  # joined blocks hold these steps twice
-            before = start + jnp.where(k > 1, shared, 0) - 1
-            h = jnp.where(k == 0, h_0, at_step(jnp.maximum(before, 0), arrays[0]))
-            saved = h, steps_from(start + jnp.where(k > 0, shared, 0), arrays, K)
+            first = T % K, len(arrays[0]) - T
+            before = jnp.maximum(stored_at(start - 1, *first), 0)
+            h = jnp.where(k == 0, h_0, at_step(before, arrays[0]))
+            saved = h, steps_from(stored_at(start, *first), arrays, K)
         if T % K == 0:
             return body(carry, block, None, saved)
         last = jnp.where(k == 0, T % K, K) - 1
@@ -139,6 +142,11 @@ def steps_from(start: Array, steps: Tree, K: int) -> Tree:
 def at_step(t: Array | None, xs: Array) -> Array:
     """x_t, or that of the last step if t is None."""
     return xs[-1] if t is None else lax.dynamic_index_in_dim(xs, t, keepdims=False)
+
+
+def stored_at(t: Array, own: int, shared: int) -> Array:
+    """Where step t lies among joined blocks: the first has `own` steps and `shared` ones."""
+    return jnp.where(t < own, t, t + shared)
 
 
 def join_blocks(blocks: Tree) -> Tree:

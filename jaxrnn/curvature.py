@@ -100,7 +100,9 @@ def gauss_newton(
     if batch.xs.shape[0] == 0:
         return lambda v, structural=None: jax.tree.map(jnp.zeros_like, v)
     stored = checkpoint_every is None
-    K = near_divisor(batch.xs.shape[0], checkpoint_every or block_steps(params, batch))
+    K = block_steps(params, batch)
+    if checkpoint_every is not None:
+        K = near_divisor(batch.xs.shape[0], checkpoint_every)
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = linearization_states(network, block, h)

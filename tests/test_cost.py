@@ -114,6 +114,12 @@ def test_many_dense_inputs_take_no_more_memory_than_the_plain_scan(H):
     assert bptt <= plain
 
 
+@pytest.mark.parametrize("tokens", [True, False])
+def test_no_blocks_each_with_a_gradient_of_many_inputs(tokens):
+    hlo = compiled(jaxrnn.bptt, 600, B=1, I=2000, H=128, tokens=tokens).as_text()
+    assert hlo.count(" while(") == 2  # forward and reverse
+
+
 @pytest.mark.parametrize(
     ("fn", "loops"),
     [
