@@ -8,8 +8,8 @@
 A leak alpha gives dz_t = alpha f'(z_t) * dh_t, and adds (1 - alpha) dh_{t+1} to dh_t.
 
 A reverse scan gives dh and dz, then one contraction gives each weight's gradient. Both work on one
-block of time after another, so only the hidden states are ever T steps long, and with
-`checkpoint_every` these are recomputed.
+block of time after another, so that dh and dz are one block long. h_t, and f(z_t) with a leak, are
+stored for all steps, unless `checkpoint_every` recomputes them.
 """
 
 from functools import partial
@@ -249,6 +249,7 @@ def bptt(
         )
         dW_x, dW_h, db_h = hidden_sums(params, block, h, states[0], dzs)
         sums = value, Params(dW_x, dW_h, dW_y, db_h, db_y)
+        # Divided here, not after the last block: XLA makes one kernel of division and addition.
         return (dh_next, jax.tree.map(jnp.add, means, divide_by_count(sums, count))), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)

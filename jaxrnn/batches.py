@@ -178,7 +178,7 @@ def check_tokens(params: Params | None, batch: Batch, h_0: Any) -> None:
     """Raises ValueError where integer xs are numbers with a feature axis, or may be.
 
     Integers (T, batch) are tokens if they fit as such. Those of a higher rank, with Params, are
-    tokens only if they do not fit as numbers: h_0, mask, reset or weights decide.
+    tokens only if they do not fit as numbers: any other argument may decide.
     """
     xs = batch.xs
     if not checks.is_integer(xs):

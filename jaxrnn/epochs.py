@@ -150,7 +150,7 @@ def count_skipped(metrics: Metrics, step: int) -> int:
     if skipped.any():
         warnings.warn(
             f"train: {skipped.sum()} of the {len(skipped)} updates up to step {step} skipped, as "
-            "loss, gradient or new parameters are not finite",
+            "loss, gradient, new parameters or carried state are not finite",
             stacklevel=3,
         )
     return int(skipped.sum())

@@ -195,8 +195,8 @@ def sequence_loss(
         L = sum_t weights_t mask_t l(y_t, target_t) / sum_t weights_t mask_t
 
     over steps and batch; 0 where no step counts. It is differentiable with respect to every
-    argument, in forward and reverse mode. `bptt` returns its value and gradient faster and in less
-    memory.
+    argument, in forward and reverse mode. On a CPU, `bptt` mostly returns its value and gradient
+    faster and in less memory.
 
     Args:
       params: Params.

@@ -1,4 +1,4 @@
-"""The recurrence: the two loops over time, and the one custom derivative rule.
+"""The recurrence: its loops over time, and the one custom derivative rule.
 
     z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = f(z_t)               `recur`, forward
     dh_t = W_y^T dy_t + W_h^T dz_{t+1}       dz_t = f'(z_t) * dh_t      `reverse_scan`, reverse
@@ -12,8 +12,8 @@ Only the product with W_h is sequential. Every other product is taken for all st
 the loops. Where `mask` is False the state, or the gradient, passes the step unchanged; where
 `reset` is True nothing passes from step t-1 to step t. Each is left out where it is None.
 
-Both loops take their one step to a `Loop`, which runs it for all steps: `scan`, or another one
-that gives the same, such as `kernels.loop`.
+`recur` and `reverse_scan` pass their step to a `Loop`, which runs it for all steps: `scan`, or
+another one that gives the same, such as `kernels.loop`.
 """
 
 from collections.abc import Callable

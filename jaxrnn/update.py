@@ -218,9 +218,10 @@ def make_update(
     A hidden state in the TrainState is carried from batch to batch. No gradient flows across
     (truncated backpropagation through time; Williams and Peng 1990).
 
-    If the loss, the norm of the gradient, the new parameters or h_T are not finite, the update is
-    skipped: parameters, optimiser state and h stay as they are, bit for bit, and `skipped` counts
-    the consecutive skips. There is no host synchronisation: poll `skipped` when convenient.
+    If the loss, the norm of the gradient, the new parameters or a carried h_T are not finite, the
+    update is skipped: parameters, optimiser state and h stay as they are, bit for bit, and
+    `skipped` counts the consecutive skips. There is no host synchronisation: poll `skipped` when
+    convenient.
 
     Args:
       gradient_fn: (params, batch, h) -> ((value, h_T), grads) for any pytree of parameters: `bptt`,
