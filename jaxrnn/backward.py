@@ -22,7 +22,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
+from jaxrnn.batches import (
+    Batch,
+    divide_by_count,
+    scaled_weights,
+    step_weights,
+    where_exists,
+)
 from jaxrnn.blocks import (
     at_step,
     block_steps,
@@ -228,6 +234,7 @@ def bptt(
     else:
         K = block_steps(params, batch, loop is not scan)
         K_forward = forward_steps(T, K, h_0)
+    batch, _ = scaled_weights(batch, params.W_h.dtype)
     count = step_weights(batch, dtype).sum()
 
     # On a GPU, a condition waits for the device.

@@ -76,6 +76,19 @@ def divide_by_count(sums: Tree, count: Array) -> Tree:
     return means
 
 
+def scaled_weights(batch: Batch, dtype: DTypeLike) -> tuple[Batch, Array | int]:
+    """The batch with weights / s, and s, for a dtype of 16 bits; else the batch, and 1.
+
+    s is the largest weight. The mean is the same, and weighted errors fit the range of float16.
+    """
+    if batch.weights is None or jnp.finfo(dtype).bits >= 32:
+        return batch, 1
+    weights = step_weights(batch)
+    s = jax.lax.stop_gradient(jnp.abs(weights).max(initial=0))
+    s = jnp.where(s == 0, jnp.ones_like(s), s)
+    return batch._replace(weights=weights / s), s
+
+
 def mean_weights(batch: Batch, dtype: DTypeLike) -> Array:
     """weights * mask / sum(weights * mask): a sum over steps weighted by them is the mean."""
     weights = step_weights(batch, dtype)

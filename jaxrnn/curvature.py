@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.batches import Batch, divide_by_count, step_weights
+from jaxrnn.batches import Batch, divide_by_count, scaled_weights, step_weights
 from jaxrnn.blocks import at_step, block_steps, near_divisor, scan_blocks
 from jaxrnn.linearization import (
     Network,
@@ -147,6 +147,8 @@ def _product(
         return (dh_next, jax.tree.map(jnp.add, means, divide_by_count(sums, count))), None
 
     dtype = at_least_float32(v.W_h.dtype)
+    batch, scale = scaled_weights(batch, v.W_h.dtype)
+    structural = None if structural is None else structural / scale
     count = step_weights(batch, dtype).sum()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), v)
     h_0_dot = jnp.zeros_like(h_0)  # h_0 does not depend on the parameters

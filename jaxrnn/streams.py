@@ -11,7 +11,13 @@ from jax.typing import ArrayLike
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.backward import bias_sum, outer_sum
-from jaxrnn.batches import Batch, divide_by_count, step_weights, where_exists
+from jaxrnn.batches import (
+    Batch,
+    divide_by_count,
+    scaled_weights,
+    step_weights,
+    where_exists,
+)
 from jaxrnn.influence import Influence, augmented_input
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32, check_params
@@ -126,6 +132,7 @@ def stream_gradient(
     check_loss_arguments(params, batch, stream.h, activation, leak, loss)
     leak = as_leak(params, leak)
     dtype = at_least_float32(params.W_h.dtype)
+    batch, _ = scaled_weights(batch, params.W_h.dtype)
     weights = step_weights(batch, dtype)
     keys = None
     if influence.random:

@@ -158,6 +158,21 @@ def test_bfloat16_sums_over_time_accumulate_in_float32():
             assert error <= 0.02 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40])
+@pytest.mark.parametrize("method", [jaxrnn.bptt, jaxrnn.rtrl])
+def test_the_scale_of_the_weights_changes_no_bit_in_float16(method, scale):
+    """A weighted error of float16, whose range ends at 65504, would be infinite or 0."""
+    params = jaxrnn.init(jax.random.key(0), 4, 8, 3, dtype=jnp.float16)
+    xs = jax.random.normal(jax.random.key(1), (128, 8, 4))
+    weights = jax.random.uniform(jax.random.key(2), (128, 8))
+    batch = Batch(xs, jnp.ones((128, 8), int), mask=weights < 0.7, weights=weights)
+    gradient = jax.jit(method)
+    got = gradient(params, batch._replace(weights=scale * weights))
+    assert jnp.abs(got[1].W_h).max() > 1e-3
+    for leaf, expected in zip(*map(jax.tree.leaves, (got, gradient(params, batch))), strict=True):
+        assert leaf.tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("checkpoint_every", [None, 3])
 def test_nan_in_padding_changes_no_bit(checkpoint_every):
     case = random_case(

@@ -180,6 +180,23 @@ def test_bfloat16_products_keep_the_dtype_and_sum_in_float32():
         assert error <= 0.03 * jnp.abs(expected).max()
 
 
+@pytest.mark.parametrize("structural", [None, 0.5])
+def test_the_scale_of_the_weights_changes_no_bit_in_float16(structural):
+    params = jaxrnn.init(jax.random.key(0), 4, 8, 3, dtype=jnp.float16)
+    xs = jax.random.normal(jax.random.key(1), (128, 8, 4))
+    batch = Batch(xs, jnp.ones((128, 8), int))
+
+    @jax.jit
+    def product(scale):
+        weights = jnp.full((128, 8), scale)
+        times_v = curvature.gauss_newton(params, batch._replace(weights=weights))
+        return times_v(params, structural=None if structural is None else structural * scale)
+
+    for leaf, expected in zip(product(2.0**-40), product(1.0), strict=True):
+        assert jnp.abs(expected).max() > 1e-3
+        assert leaf.tobytes() == expected.tobytes()
+
+
 def test_errors_name_the_direction():
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
     batch = Batch(jnp.ones((5, 2)), jnp.zeros(5, int))
