@@ -51,14 +51,15 @@ def check_loss(loss: Any, shape: tuple[int, ...], dtype: DTypeLike, targets: Any
     checks.check_shape("loss.error", error, shape, "one derivative for each y")
 
 
-def _distribution(y: Array, target: Array) -> Array:
-    """A distribution unchanged; integer labels as one-hot rows."""
+def _distribution(y: Array, target: Array) -> tuple[Array, Array | int]:
+    """A distribution unchanged, or integer labels as one-hot rows; and the sum of each row."""
     if checks.is_integer(target):
         checks.check_shape("targets", target, y.shape[:-1], "integer labels, one for each y")
         # one_hot counts in the dtype of the labels: 8 bits would wrap at 256.
-        return jax.nn.one_hot(target.astype(jnp.int32), y.shape[-1], dtype=y.dtype)
+        return jax.nn.one_hot(target.astype(jnp.int32), y.shape[-1], dtype=y.dtype), 1
     checks.check_shape("targets", target, y.shape, "a distribution for each y")
-    return target.astype(y.dtype)
+    target = target.astype(y.dtype)
+    return target, target.sum(axis=-1, keepdims=True)
 
 
 def _numbers(y: Array, target: Array) -> Array:
@@ -85,11 +86,14 @@ def _softmax(y: Array) -> Array:
 
 def _cross_entropy(y: Array, target: Array) -> Array:
     y = y - jax.lax.stop_gradient(y.max(axis=-1, keepdims=True))
-    return jnp.log(jnp.exp(y).sum(axis=-1)) - (_distribution(y, target) * y).sum(axis=-1)
+    p, total = _distribution(y, target)
+    log_sum = jnp.log(jnp.exp(y).sum(axis=-1, keepdims=True))
+    return (total * log_sum)[..., 0] - (p * y).sum(axis=-1)
 
 
 def _cross_entropy_error(y: Array, target: Array) -> Array:
-    return _softmax(y) - _distribution(y, target)
+    p, total = _distribution(y, target)
+    return total * _softmax(y) - p
 
 
 def _squared_error(y: Array, target: Array) -> Array:
@@ -111,7 +115,7 @@ def _binary_cross_entropy_error(y: Array, target: Array) -> Array:
 
 cross_entropy = Loss(g=_softmax, value=_cross_entropy, error=_cross_entropy_error)
 """g = softmax, l = -sum_o target_o log y_hat_o; targets are integer labels (*batch,) or
-distributions (*batch, O)."""
+distributions (*batch, O). With rows whose sum is not 1, dl/dy = (sum_o target_o) y_hat - target."""
 
 squared_error = Loss(g=identity.f, value=_squared_error, error=_squared_error_error)
 """g = identity, l = sum_o (y_o - target_o)^2 / 2; targets (*batch, O)."""

@@ -50,6 +50,19 @@ def test_values_equal_optax():
     np.testing.assert_allclose(jaxrnn.binary_cross_entropy.value(y, target), expected, rtol=1e-13)
 
 
+@pytest.mark.usefixtures("x64")
+def test_the_cross_entropy_of_rows_whose_sum_is_not_1():
+    """The formula as it stands; a row of zeros is a step without a target."""
+    loss = jaxrnn.cross_entropy
+    y, target = example("cross_entropy")
+    target = jnp.array([[0.5], [3.0], [0.0], [1.0], [-2.0]]) * target
+    expected = optax.softmax_cross_entropy(y, target)
+    np.testing.assert_allclose(loss.value(y, target), expected, atol=1e-14)
+    derivative = jax.grad(lambda y: optax.softmax_cross_entropy(y, target).sum())(y)
+    np.testing.assert_allclose(loss.error(y, target), derivative, atol=1e-15)
+    assert (loss.value(y, target)[2], *loss.error(y, target)[2]) == (0, 0, 0, 0, 0)
+
+
 def test_integer_labels_equal_one_hot_distributions():
     y, labels = jnp.arange(12.0).reshape(3, 4), jnp.array([3, 0, 1])
     for part in ("value", "error"):
