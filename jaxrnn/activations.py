@@ -37,10 +37,11 @@ def check_activation(activation: Any, dtype: DTypeLike) -> None:
 
     The functions are traced, not computed.
     """
-    if not isinstance(activation, Activation) or not callable(activation.f):
+    if not isinstance(activation, Activation):
         raise TypeError(f"activation: expected an Activation(f, df), got {activation!r}")
-    if activation.df is not None and not callable(activation.df):
-        raise TypeError(f"activation.df: expected a function or None, got {activation.df!r}")
+    checks.check_function("activation.f", activation.f)
+    if activation.df is not None:
+        checks.check_function("activation.df", activation.df)
     dtype = jax.dtypes.canonicalize_dtype(dtype)  # NumPy's float64 is float32 without x64
     z = jax.ShapeDtypeStruct((1, 2), dtype)
     for name, function in activation._asdict().items():

@@ -5,6 +5,7 @@ the type; what only values can show is checked on the host by `check_values`.
 """
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import jax
@@ -66,9 +67,22 @@ def check_shape(name: str, x: Any, shape: Sequence[int], meaning: str) -> None:
 
 
 def check_function(name: str, function: Any) -> None:
-    """Raises TypeError unless function can be called."""
+    """Raises TypeError unless function can be called, with traced arrays."""
     if not callable(function):
         raise TypeError(f"{name}: expected a function, got {function!r}")
+    if isinstance(function, np.ufunc):
+        raise TypeError(f"{name}: expected a function of JAX arrays, got NumPy's {function!r}")
+
+
+def is_scalar(x: Any) -> bool:
+    """Whether x is one number or an array of rank 0, and no container of them."""
+    return jax.tree_util.all_leaves([x]) and jnp.shape(x) == ()
+
+
+def check_number(name: str, number: Any) -> None:
+    """Raises TypeError unless number is one, of Python or NumPy."""
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{name}: expected a number, got {number!r}")
 
 
 def check_size(name: str, size: Any, minimum: int = 1) -> None:

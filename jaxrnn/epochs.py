@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxrnn.batches import Batch, divide_by_count, step_weights, steps_shape
 from jaxrnn.evaluation import value_state_count
-from jaxrnn.gradients import GradientFn, PyTree, value_dtype
+from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
 from jaxrnn.update import Diverged, Metrics, Optimizer, TrainState, make_update
 
 
@@ -45,7 +45,7 @@ def _cached(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
     update = make_update(gradient_fn, optimizer)
 
     def loss_fn(params: PyTree, batch: Batch, h: PyTree) -> Any:
-        return gradient_fn(params, batch, h)[0]  # XLA removes the gradient
+        return call_gradient(gradient_fn, params, batch, h)[0]  # XLA removes the gradient
 
     def epoch(
         state: TrainState, train: Batch, key: Array, batch_size: int
@@ -159,21 +159,30 @@ def count_skipped(metrics: Metrics, step: int) -> int:
 class CheckedOnce:
     """An iterable of batches that are checked during the first complete iteration."""
 
-    def __init__(self, check: Callable[[Batch], None], batches: Iterable[Batch]):
-        self.check, self.batches, self.checked = check, batches, False
+    def __init__(self, name: str, check: Callable[[Batch], None], batches: Iterable[Batch]):
+        self.name, self.check, self.batches, self.checked = name, check, batches, False
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
+        for n, batch in enumerate(self.batches):
             if not self.checked:
-                self.check(batch)
+                check_named(f"{self.name}[{n}]", self.check, batch)
             yield batch
         self.checked = True
 
 
-def check_once(check: Callable[[Batch], None], data: Any) -> Any:
+def check_named(name: str, check: Callable[[Batch], None], batch: Batch) -> None:
+    """Calls check, whose error gets a note of the argument that the batch belongs to."""
+    try:
+        check(batch)
+    except (TypeError, ValueError) as error:
+        error.add_note(f"The batch is {name}.")
+        raise
+
+
+def check_once(name: str, check: Callable[[Batch], None], data: Any) -> Any:
     """The same data. A Batch is checked at once, an iterable while it is first iterated."""
     if isinstance(data, Batch):
-        check(data)
+        check_named(name, check, data)
     if data is None or isinstance(data, Batch):
         return data
-    return CheckedOnce(check, data)
+    return CheckedOnce(name, check, data)

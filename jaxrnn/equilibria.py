@@ -109,6 +109,7 @@ def fixed_points(
     _check_starts(params, h, x)
     checks.check_size("steps", steps)
     _check_tolerance("tolerance", tolerance)
+    tolerance = float(tolerance)  # a number of NumPy is not cast to the dtype of the speed
     h = h.astype(params.W_h.dtype)
     z_x = jnp.broadcast_to(input_zs(params, x), h.shape)
     leak = as_leak(params, leak)
@@ -262,8 +263,7 @@ def stability(jacobian: ArrayLike, margin: float = 1e-6) -> Stability:
         raise ValueError(f"jacobian: expected shape (*batch, H, H), got {Js.shape}")
     if not np.isfinite(Js).all():
         raise ValueError(f"jacobian: expected finite numbers, got {Js[~np.isfinite(Js)][0]}")
-    if not isinstance(margin, float | int):
-        raise TypeError(f"margin: expected a number, got {margin!r}")
+    checks.check_number("margin", margin)
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin: expected at least 0 and finite, got {margin}")
     eigenvalues = np.linalg.eigvals(Js.astype(np.float64)).astype(np.complex128)
@@ -292,7 +292,6 @@ def _check_starts(params: Params, h: Any, x: Any) -> None:
 
 def _check_tolerance(name: str, tolerance: Any) -> None:
     """Raises TypeError or ValueError unless the tolerance is a finite number above 0."""
-    if isinstance(tolerance, bool) or not isinstance(tolerance, float | int):
-        raise TypeError(f"{name}: expected a number, got {tolerance!r}")
+    checks.check_number(name, tolerance)
     if not 0 < tolerance < math.inf:
         raise ValueError(f"{name}: expected above 0 and finite, got {tolerance}")

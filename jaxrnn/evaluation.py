@@ -5,8 +5,10 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
+from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, step_weights
 from jaxrnn.forward import sequence_loss
 from jaxrnn.gradients import PyTree, value_dtype
@@ -19,11 +21,23 @@ def value_state_count(
     loss_fn: LossFn, params: PyTree, batch: Batch, h: PyTree
 ) -> tuple[Array, PyTree, Array]:
     """The mean loss of one batch, its last state, and the steps in the mean."""
-    value, h_T = loss_fn(params, batch, h)
+    result: Any = loss_fn(params, batch, h)
+    match result:
+        case (value, h_T) if checks.is_scalar(value):
+            pass
+        case _:
+            shapes = jax.tree.map(jnp.shape, result)
+            raise TypeError(f"loss_fn: expected (value, h_T) of shapes ((), h_T), got {shapes}")
     return value, h_T, step_weights(batch, value_dtype(params)).sum()
 
 
 _value_state_count = jax.jit(value_state_count, static_argnums=0)
+
+
+def check_batches(name: str, data: Any) -> None:
+    """Raises TypeError unless data is a Batch, which is iterable too, or an iterable."""
+    if not isinstance(data, Iterable):
+        raise TypeError(f"{name}: expected a Batch or an iterable of them, got {data!r}")
 
 
 def mean_over_batches(
@@ -68,6 +82,7 @@ def evaluate(
       The mean, a float.
 
     Raises:
+      TypeError: batches are not Batches, or loss_fn does not return (value, h_T).
       ValueError: no step counts.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
@@ -76,4 +91,6 @@ def evaluate(
     >>> abs(evaluate(params, [batch, batch]) - sequence_loss(params, batch)[0].item()) < 1e-6
     True
     """
+    check_batches("batches", batches)
+    checks.check_function("loss_fn", loss_fn)
     return mean_over_batches("batches", partial(_value_state_count, loss_fn), params, batches, h_0)

@@ -31,6 +31,36 @@ def value_dtype(params: PyTree) -> jnp.dtype:
     return at_least_float32(jnp.result_type(*jax.tree.leaves(params)))
 
 
+def call_gradient(
+    gradient_fn: GradientFn, params: PyTree, batch: Any, h: PyTree, **keywords: Any
+) -> tuple[tuple[Array, PyTree], PyTree]:
+    """gradient_fn(params, batch, h).
+
+    Raises TypeError unless it returns a scalar value, an h_T like h where h is carried, and a
+    gradient like params.
+    """
+    result: Any = gradient_fn(params, batch, h, **keywords)
+    match result:
+        case ((value, h_T), grads) if checks.is_scalar(value):
+            if _alike(grads, params) and (h is None or _alike(h_T, h)):
+                return (value, h_T), grads
+    expected = (((), "h_T" if h is None else _shapes(h)), _shapes(params))
+    raise TypeError(
+        f"gradient_fn: expected ((value, h_T), grads) of shapes {expected}, got {_shapes(result)}"
+    )
+
+
+def _alike(tree: PyTree, like: PyTree) -> bool:
+    """Whether two pytrees have the same structure and shapes."""
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        return False
+    return jax.tree.all(jax.tree.map(lambda a, b: jnp.shape(a) == jnp.shape(b), tree, like))
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.shape, tree)
+
+
 def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree]) -> GradientFn:
     """The gradient with respect to theta, where params = to_params(theta).
 
@@ -49,7 +79,7 @@ def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree
 
     Raises:
       TypeError: an argument is not a function; when called, if to_params does not return
-        floating-point arrays, or gradient_fn does not return a gradient of the same structure.
+        floating-point arrays, or gradient_fn not ((value, h_T), grads).
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
@@ -66,12 +96,7 @@ def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree
     def gradient(theta: PyTree, batch: Any, h: PyTree = None, **keywords: Any) -> Any:
         params, pullback = jax.vjp(to_params, theta)
         checks.check_float_tree("to_params(theta)", params)
-        (value, h_T), grads = gradient_fn(params, batch, h, **keywords)
-        structures: list[Any] = [jax.tree.structure(tree) for tree in (params, grads)]
-        if structures[0] != structures[1]:
-            raise TypeError(
-                f"gradient_fn: expected a gradient {structures[0]}, got {structures[1]}"
-            )
+        (value, h_T), grads = call_gradient(gradient_fn, params, batch, h, **keywords)
         (dtheta,) = pullback(grads)
         return (value, h_T), dtheta
 

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrnn.batches import Batch, check_is_batch, divide_by_count, step_weights, steps_shape
-from jaxrnn.gradients import GradientFn, value_dtype
+from jaxrnn.gradients import GradientFn, call_gradient, value_dtype
 from jaxrnn.recurrence import match_varying_axes
 
 
@@ -34,7 +34,8 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
       over the devices. A `key` is folded with the index of each device.
 
     Raises:
-      TypeError: when called, if the batch is not a Batch.
+      TypeError: when called, if the batch is not a Batch, or gradient_fn does not return
+        ((value, h_T), grads).
       ValueError: when called, if the first batch axis is not a multiple of the number of devices.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
@@ -51,7 +52,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
         # Parameters that vary over devices get the gradient of this share alone.
         params = match_varying_axes(params, batch.xs)
         keywords = {} if key is None else {"key": jax.random.fold_in(key, lax.axis_index(axis))}
-        (value, h_T), grads = gradient_fn(params, batch, h_0, **keywords)
+        (value, h_T), grads = call_gradient(gradient_fn, params, batch, h_0, **keywords)
         counted = step_weights(batch, value_dtype(params)).sum()
         weighted = jax.tree.map(lambda leaf: counted * leaf.astype(counted.dtype), (value, grads))
         total, sums = lax.psum((counted, weighted), axis)

@@ -141,13 +141,19 @@ def unpad(padded: Any, lengths: Sequence[int]) -> list[Any]:
       padded[:lengths[n], n] for n in 0..N-1.
 
     Raises:
-      ValueError: the number of lengths is not N, or a length lies outside 0..T.
+      ValueError: padded are not arrays (T, N, ...), the number of lengths is not N, or a length
+        lies outside 0..T.
 
     >>> [ys.tolist() for ys in unpad(jnp.arange(6).reshape(3, 2), [3, 1])]
     [[0, 2, 4], [1]]
     """
-    T, N = jax.tree.leaves(padded)[0].shape[:2]
-    if len(lengths) != N or not all(0 <= length <= T for length in lengths):
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(padded)]
+    if len({shape[:2] for shape in shapes}) != 1 or len(shapes[0]) < 2:
+        raise ValueError(f"padded: expected arrays (T, N, ...), got shapes {shapes}")
+    T, N = shapes[0][:2]
+    steps = np.asarray(lengths)
+    whole = checks.is_integer(steps) or not N
+    if steps.shape != (N,) or not whole or (steps < 0).any() or (steps > T).any():
         raise ValueError(f"lengths: expected {N} integers in 0..{T}, got {list(lengths)}")
     return [
         jax.tree.map(lambda leaf, n=n, length=length: leaf[:length, n], padded)

@@ -21,7 +21,7 @@ from jaxrnn.epochs import (
     mean_loss_of_updates,
     raise_if_diverged,
 )
-from jaxrnn.evaluation import mean_over_batches
+from jaxrnn.evaluation import check_batches, mean_over_batches
 from jaxrnn.gradients import GradientFn, PyTree
 from jaxrnn.update import Optimizer, TrainState, init_state
 from jaxrnn.value_checks import check_values
@@ -127,17 +127,17 @@ def fit(
     """
     # Longer than 40 lines because the signature takes one line for each argument.
     checks.check_key("key", key)
-    _check_settings(max_epochs, patience, tolerance, max_skipped)
+    _check_settings(max_epochs, patience, tolerance, max_skipped, callback)
     _check_data(train, valid, batch_size, h_0, max_epochs)
     state = init_state(params, optimizer, h_0, key=gradient_key)
     initial = Fit(state, state.params, (), False)
     result = initial if resume is None else _check_resume(resume, initial, patience, tolerance)
     compiled = compile_functions(gradient_fn, optimizer)
     check = partial(check_values, params, h_0=h_0)
-    # Another iterable may give other batches the next time, so it is iterated once per epoch.
+    # A Batch is a tuple. Another iterable may give other batches the next time.
     evaluates_train = valid is None and isinstance(train, Sequence)
-    train = check_once(check, train)
-    held_out = train if evaluates_train else check_once(check, valid)
+    train = check_once("train", check, train)
+    held_out = train if evaluates_train else check_once("valid", check, valid)
     run_epoch = epoch_runner(compiled, key, train, batch_size, h_0, max_skipped)
 
     norms: list[float] = []
@@ -183,10 +183,15 @@ def _epochs_without_improvement(history: tuple[Evaluation, ...], tolerance: floa
     return waited
 
 
-def _check_settings(max_epochs: Any, patience: Any, tolerance: Any, max_skipped: Any) -> None:
+def _check_settings(
+    max_epochs: Any, patience: Any, tolerance: Any, max_skipped: Any, callback: Any
+) -> None:
     checks.check_size("max_epochs", max_epochs)
     checks.check_size("patience", patience)
     checks.check_size("max_skipped", max_skipped)
+    checks.check_number("tolerance", tolerance)
+    if callback is not None:
+        checks.check_function("callback", callback)
     if not math.isfinite(tolerance):
         raise ValueError(f"tolerance: expected a finite number, got {tolerance}")
 
@@ -195,8 +200,7 @@ def _check_data(train: Any, valid: Any, batch_size: Any, h_0: Any, max_epochs: i
     for name, data in (("train", train), ("valid", valid)):
         if data is None and name == "valid":
             continue
-        if not isinstance(data, Iterable):
-            raise TypeError(f"{name}: expected a Batch or an iterable of them, got {data!r}")
+        check_batches(name, data)
         if isinstance(data, Iterator) and max_epochs > 1:
             raise ValueError(
                 f"{name}: expected batches that can be iterated once per epoch, such as a list, "

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, step_weights
-from jaxrnn.gradients import GradientFn, PyTree, value_dtype
+from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
 from jaxrnn.products import split_as
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree, PyTree], PyTree]
@@ -236,7 +236,9 @@ def make_update(
       Inside `jit`, `vmap` or `scan` nothing is donated.
 
     Raises:
-      TypeError: optimizer is neither an optax optimiser nor a function.
+      TypeError: gradient_fn is not a function, or optimizer neither an optax optimiser nor a
+        function; when called, if gradient_fn does not return ((value, h_T), grads), or the rule no
+        new parameters.
 
     >>> from functools import partial
     >>> import jax, jaxrnn
@@ -258,7 +260,7 @@ def make_update(
         keywords = {} if key is None else {"key": key}
 
         def gradient(params: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
-            return gradient_fn(params, batch, state.h, **keywords)
+            return call_gradient(gradient_fn, params, batch, state.h, **keywords)
 
         (value, h_T), grads = gradient(state.params)
         dtype = value_dtype(state.params)

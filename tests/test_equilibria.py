@@ -278,6 +278,7 @@ def test_a_wrong_type_on_the_host_is_named():
         stability([[1.0]])
     with pytest.raises(TypeError, match=r"^margin: expected a number, got None$"):
         stability(np.eye(2), margin=None)
+    assert stability(np.eye(2), margin=np.float32(0.1)).marginal
 
 
 @pytest.mark.thorough

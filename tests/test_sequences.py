@@ -180,10 +180,16 @@ def test_errors_of_pad_name_the_invalid_sequence(sequences, message):
         jaxrnn.pad(sequences)
 
 
-@pytest.mark.parametrize("lengths", [[1], [1, 4], [-1, 2]])
+@pytest.mark.parametrize("lengths", [[1], [1, 4], [-1, 2], [1.0, 2.0], [[1], [2]]])
 def test_unpad_rejects_invalid_lengths(lengths):
     with pytest.raises(ValueError, match=r"lengths: expected 2 integers in 0..3, got"):
         jaxrnn.unpad(np.zeros((3, 2)), lengths)
+
+
+@pytest.mark.parametrize("padded", [np.ones(5), None, (np.ones((3, 2)), np.ones((2, 4)))])
+def test_unpad_rejects_arrays_without_time_and_sequences(padded):
+    with pytest.raises(ValueError, match=r"^padded: expected arrays \(T, N, \.\.\.\), got shapes \["):
+        jaxrnn.unpad(padded, [1, 2])
 
 
 @given(

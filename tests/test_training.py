@@ -145,6 +145,17 @@ def test_evaluate_weighs_batches_by_their_counted_steps(params):
             jaxrnn.evaluate(params, batches)
 
 
+def test_a_wrong_argument_of_evaluate_is_named(params):
+    data = parity(jax.random.key(1))
+    with pytest.raises(TypeError, match=r"^batches: expected a Batch or an iterable of them, got N"):
+        jaxrnn.evaluate(params, None)
+    for loss_fn in (jaxrnn.bptt, lambda *a: jaxrnn.sequence_loss(*a)[0]):
+        with pytest.raises(TypeError, match=r"^loss_fn: expected \(value, h_T\) of shapes .*, got"):
+            jaxrnn.evaluate(params, data, loss_fn=loss_fn)
+    with pytest.raises(TypeError, match=r"^loss_fn: expected a function, got 3$"):
+        jaxrnn.evaluate(params, data, loss_fn=3)
+
+
 def spoilt(bad, where):
     """Batches; the loss of those in `where` is not finite."""
     batch = parity(jax.random.key(1), N=4)
@@ -249,7 +260,10 @@ def test_each_batch_is_checked_once(params, monkeypatch):
     fit(train, train, max_epochs=3)
     assert len(checked) == 4
     wrong = train[1]._replace(targets=train[1].targets + 1)
-    with pytest.raises(ValueError, match=r"^targets: expected integers in \[0, 2\)"):
+    message = r"^targets: expected integers in \[0, 2\).*\nThe batch is "
+    with pytest.raises(ValueError, match=message + r"train\[1\]\.$"):
         fit([train[0], wrong])
-    with pytest.raises(ValueError, match=r"^targets: expected integers in \[0, 2\)"):
+    with pytest.raises(ValueError, match=message + r"valid\[0\]\.$"):
         fit(train, [wrong])
+    with pytest.raises(ValueError, match=message + r"valid\.$"):
+        fit(train, wrong)
