@@ -40,17 +40,17 @@ from jaxrnn.blocks import (
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
-from jaxrnn.products import input_zs, readout, replicated
+from jaxrnn.products import input_zs, readout
 from jaxrnn.recurrence import (
     Loop,
     derivatives,
     initial_state,
-    match_varying_axes,
     previous,
     recur,
     reverse_scan,
     scan,
 )
+from jaxrnn.sharding import full_as, match_varying_axes, replicated
 
 Output: TypeAlias = tuple[Array, Array, tuple[Array, Array]]
 """Of the output layer over a block: the loss, W_y^T dy_t of each step, and (dW_y, db_y)."""
@@ -113,7 +113,7 @@ def block_output_if_any(params: Params, block: Batch, hs: Array, loss: Loss) -> 
     def nothing(hs: Array) -> Output:
         dtype = at_least_float32(params.W_h.dtype)
         sums = jnp.zeros(params.W_y.shape, dtype), jnp.zeros(params.b_y.shape, dtype)
-        return match_varying_axes((jnp.zeros((), dtype), jnp.zeros_like(hs), sums), hs)
+        return match_varying_axes((jnp.zeros((), dtype), full_as(hs, 0), sums), hs)
 
     counts = (step_weights(block) != 0).any()
     output: Output = lax.cond(counts, partial(block_output, params, block, loss=loss), nothing, hs)
@@ -260,7 +260,7 @@ def bptt(
         return (dh_next, jax.tree.map(jnp.add, means, divide_by_count(sums, count))), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    carry = match_varying_axes((jnp.zeros_like(h_0), zeros), h_0)  # dz_{T+1} = 0
+    carry = match_varying_axes((full_as(h_0, 0), zeros), h_0)  # dz_{T+1} = 0
     h_T, saved = scan_blocks(forward, h_0, batch, K_forward)
     states = None
     if checkpoint_every is None:

@@ -1,6 +1,6 @@
 """Batch: input sequences, their targets, and which steps exist and count."""
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,7 @@ from jax.typing import DTypeLike
 
 from jaxrnn import checks
 from jaxrnn.params import Params
-
-Tree = TypeVar("Tree")
+from jaxrnn.sharding import Tree, full_as
 
 
 class Batch(NamedTuple):
@@ -57,7 +56,7 @@ def where_exists(mask: Array | None, xs: Array) -> Array:
 
 def ones_per_step(xs: Array, dtype: DTypeLike) -> Array:
     """Ones (T, *batch), split over devices as the inputs are."""
-    return jnp.ones_like(xs if checks.is_integer(xs) else xs.any(axis=-1), dtype)
+    return full_as(xs if checks.is_integer(xs) else xs.any(axis=-1), 1, dtype)
 
 
 def step_weights(batch: Batch, dtype: DTypeLike = jnp.float32) -> Array:

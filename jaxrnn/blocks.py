@@ -10,9 +10,9 @@ import numpy as np
 from jax import Array, lax
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, Tree, ones_per_step, per_step, steps_shape
+from jaxrnn.batches import Batch, ones_per_step, per_step, steps_shape
 from jaxrnn.params import Params
-from jaxrnn.recurrence import match_varying_axes
+from jaxrnn.sharding import Tree, full_as, match_varying_axes
 
 
 def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
@@ -166,5 +166,5 @@ def enter_at_last(dhs: Array, dh_next: Array, last: Array | None) -> tuple[Array
     if last is None:
         return dhs, dh_next
     dh = at_step(last, dhs) + dh_next
-    zeros = match_varying_axes(jnp.zeros_like(dh_next), dh_next)
+    zeros = match_varying_axes(full_as(dh_next, 0), dh_next)
     return lax.dynamic_update_index_in_dim(dhs, dh, last, 0), zeros

@@ -28,7 +28,8 @@ from jaxrnn.linearization import (
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
-from jaxrnn.recurrence import initial_state, match_varying_axes
+from jaxrnn.recurrence import initial_state
+from jaxrnn.sharding import full_as, match_varying_axes
 
 Product: TypeAlias = Callable[..., Params]
 """v -> G v; with structural=c, G v and c times the Gauss-Newton product of the hidden states."""
@@ -151,7 +152,7 @@ def _product(
     structural = None if structural is None else structural / scale
     count = step_weights(batch, dtype).sum()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), v)
-    h_0_dot = jnp.zeros_like(h_0)  # h_0 does not depend on the parameters
+    h_0_dot = full_as(h_0, 0)  # h_0 does not depend on the parameters
     h_0_dot, carry = match_varying_axes((h_0_dot, (h_0_dot, zeros)), h_0)
     _, tangents = scan_blocks(forward, h_0_dot, batch, K, saved)
     (_, means), _ = scan_blocks(backward, carry, batch, K, (saved, tangents), reverse=True)

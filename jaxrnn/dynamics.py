@@ -6,7 +6,6 @@ train (Hochreiter 1991; Bengio, Simard, Frasconi 1994).
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -15,7 +14,8 @@ from jaxrnn.backward import block_flow, block_output, block_states
 from jaxrnn.batches import Batch, mean_weights
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
-from jaxrnn.recurrence import initial_state, match_varying_axes
+from jaxrnn.recurrence import initial_state
+from jaxrnn.sharding import full_as, match_varying_axes
 
 
 class Flow(NamedTuple):
@@ -75,7 +75,7 @@ def gradient_flow(
     batch = batch._replace(weights=mean_weights(batch, at_least_float32(params.W_h.dtype)))
     leak = as_leak(params, leak)
     states = block_states(params, batch, h_0, activation, leak)
-    dh_next = match_varying_axes(jnp.zeros_like(h_0), h_0)  # dz_{T+1} = 0
+    dh_next = match_varying_axes(full_as(h_0, 0), h_0)  # dz_{T+1} = 0
     _, dhs_y, _ = block_output(params, batch, states[0], loss)
     _, dhs, dzs = block_flow(params, batch, h_0, states, dhs_y, dh_next, activation, leak)
     return Flow(dhs, dzs)

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jaxrnn.batches import Batch, divide_by_count, step_weights, steps_shape
 from jaxrnn.evaluation import value_state_count
 from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
+from jaxrnn.sharding import explicit_sharding
 from jaxrnn.update import Diverged, Metrics, Optimizer, TrainState, make_update
 
 
@@ -60,6 +61,11 @@ def _cached(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
     )
 
 
+def take_examples(examples: Array, leaf: Array) -> Array:
+    """The examples, axis 1, of an array; split over devices as it is."""
+    return leaf.at[:, examples].get(out_sharding=explicit_sharding(leaf))
+
+
 def shuffled_epoch(
     update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
@@ -76,7 +82,7 @@ def shuffled_epoch(
 
     def body(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
         examples, is_new = inputs
-        batch = jax.tree.map(lambda leaf: leaf[:, examples], train)
+        batch = jax.tree.map(partial(take_examples, examples), train)
         if N % batch_size:
             weights = step_weights(batch, value_dtype(state.params))
             is_new = is_new.reshape(1, batch_size, *(1,) * (weights.ndim - 2))
@@ -130,6 +136,13 @@ def epoch_runner(
     data = jax.tree.map(jnp.asarray, train)
     N = steps_shape(data.xs)[1]
     size = min(batch_size or N, N)
+    sharding = explicit_sharding(data.xs)
+    devices = 1 if sharding is None else N // sharding.shard_shape(data.xs.shape)[1]
+    if size % devices:
+        raise ValueError(
+            f"batch_size: expected a multiple of {devices}, the devices over which explicit "
+            f"sharding splits train, got {size}"
+        )
     return lambda state, epoch: compiled.shuffled_epoch(
         state, data, jax.random.fold_in(key, epoch), size
     )

@@ -23,7 +23,8 @@ from jaxrnn.batches import check_input, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
-from jaxrnn.recurrence import leaky, match_varying_axes
+from jaxrnn.recurrence import leaky
+from jaxrnn.sharding import match_varying_axes
 
 STEP_SIZES = 0.5 ** np.arange(10)
 """Multiples of a step that are tried, the largest first."""

@@ -52,7 +52,8 @@ def call_gradient(
 
 def _alike(tree: PyTree, like: PyTree) -> bool:
     """Whether two pytrees have the same structure and shapes."""
-    if jax.tree.structure(tree) != jax.tree.structure(like):
+    structures: list[Any] = [jax.tree.structure(tree), jax.tree.structure(like)]
+    if structures[0] != structures[1]:
         return False
     return jax.tree.all(jax.tree.map(lambda a, b: jnp.shape(a) == jnp.shape(b), tree, like))
 

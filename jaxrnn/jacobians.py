@@ -15,7 +15,8 @@ from jaxrnn.batches import check_input, check_sequence, check_state, steps_shape
 from jaxrnn.forward import hidden_states
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
-from jaxrnn.recurrence import initial_state, match_varying_axes, previous
+from jaxrnn.recurrence import initial_state, previous
+from jaxrnn.sharding import full_as, match_varying_axes, split_automatically
 
 
 def jacobian(
@@ -105,7 +106,8 @@ def jacobian_products(Js: Array) -> Array:
     checks.check_float_array("Js", Js)
     if Js.ndim < 3 or Js.shape[-2] != Js.shape[-1]:
         raise ValueError(f"Js: expected shape (T, *batch, H, H), got {Js.shape}")
-    identity = jnp.broadcast_to(jnp.eye(Js.shape[-1], dtype=Js.dtype), Js.shape[1:])
+    zeros = match_varying_axes(full_as(Js.sum(axis=0), 0), Js)
+    identity = zeros + per_unit(jnp.eye(Js.shape[-1], dtype=Js.dtype), zeros)
 
     def body(product: Array, J: Array) -> tuple[Array, Array]:
         return product @ J, product
@@ -162,12 +164,17 @@ def lyapunov_exponents(
     h_0 = initial_state(params, xs, h_0)
     _, hs = hidden_states(params, xs, h_0, activation=activation, leak=leak, drive=drive)
 
-    def body(Q: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-        J = state_jacobian(activation, params.W_h, *inputs, as_leak(params, leak))
-        Q, R = jnp.linalg.qr(J @ Q)
-        return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
+    zs_x, hs_before = input_zs(params, xs, drive), previous(hs, h_0, None, None)
 
-    identity = jnp.eye(h_0.shape[-1], dtype=h_0.dtype)
-    Q_0 = match_varying_axes(jnp.broadcast_to(identity, (*h_0.shape, h_0.shape[-1])), h_0)
-    _, growth = lax.scan(body, Q_0, (input_zs(params, xs, drive), previous(hs, h_0, None, None)))
-    return jnp.sort(growth.mean(axis=0), axis=-1)[..., ::-1]
+    def exponents(W_h: Array, leak: Array | None, h_0: Array, inputs: tuple[Array, Array]) -> Array:
+        def body(Q: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            Q, R = jnp.linalg.qr(state_jacobian(activation, W_h, *inputs, leak) @ Q)
+            return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
+
+        identity = jnp.broadcast_to(jnp.eye(len(W_h), dtype=h_0.dtype), (*h_0.shape, len(W_h)))
+        _, growth = lax.scan(body, match_varying_axes(identity, h_0), inputs)
+        return jnp.sort(growth.mean(axis=0), axis=-1)[..., ::-1]
+
+    # JAX has no rule for the QR factorisation of arrays whose sharding is explicit.
+    split = split_automatically(exponents, h_0)
+    return split(params.W_h, as_leak(params, leak), h_0, (zs_x, hs_before))

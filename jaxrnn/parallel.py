@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrnn.batches import Batch, check_is_batch, divide_by_count, step_weights, steps_shape
 from jaxrnn.gradients import GradientFn, call_gradient, value_dtype
-from jaxrnn.recurrence import match_varying_axes
+from jaxrnn.sharding import match_varying_axes
 
 
 def _reshard(tree: Any, sharding: NamedSharding) -> Any:

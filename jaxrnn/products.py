@@ -5,12 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrnn import checks
 from jaxrnn.batches import where_exists
 from jaxrnn.params import Params, at_least_float32
+from jaxrnn.sharding import explicit_sharding
 
 
 def input_product(params: Params, xs: Array) -> Array:
@@ -63,25 +64,10 @@ def readout(params: Params, hs: Array) -> Array:
 def select_rows(W: Array, tokens: Array) -> Array:
     """W[tokens], split over devices as the tokens are."""
     tokens = tokens.astype(jnp.int32)  # 8 bits hold no number of rows above 127
-    mesh, spec = jax.typeof(tokens).sharding.mesh, jax.typeof(tokens).sharding.spec
-    if AxisType.Explicit not in mesh.axis_types:
+    sharding = explicit_sharding(tokens)
+    if sharding is None:
         return W[tokens]
-    return W.at[tokens].get(out_sharding=NamedSharding(mesh, P(*spec, None)))
-
-
-def replicated(x: Array) -> NamedSharding | None:
-    """The sharding of a sum over all steps and sequences; None unless mesh axes are explicit."""
-    mesh = jax.typeof(x).sharding.mesh
-    return NamedSharding(mesh, P()) if AxisType.Explicit in mesh.axis_types else None
-
-
-def split_as(like: Array, x: Array) -> Array:
-    """x, split over devices as `like` is if mesh axes are explicit."""
-    sharding = jax.typeof(like).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return x
-    split: Array = jax.sharding.reshard(x, sharding)
-    return split
+    return W.at[tokens].get(out_sharding=NamedSharding(sharding.mesh, P(*sharding.spec, None)))
 
 
 def add_bias(products: Array, b: Array) -> Array:

@@ -26,9 +26,10 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn.activations import Activation
-from jaxrnn.batches import Tree, per_step, steps_shape, where_exists
+from jaxrnn.batches import per_step, steps_shape, where_exists
 from jaxrnn.params import Params
-from jaxrnn.products import Transposed, in_fast_layout, input_product, per_unit, split_as
+from jaxrnn.products import Transposed, in_fast_layout, input_product, per_unit
+from jaxrnn.sharding import full_as, match_varying_axes, split_as
 
 Loop: TypeAlias = Callable[..., tuple[Any, Any]]
 """What runs a step for all steps; `scan` is the specification."""
@@ -93,22 +94,9 @@ def initial_state(params: Params, xs: Array, h_0: Array | None) -> Array:
     """h_0 in the parameters' dtype, zeros if None; split over devices as the inputs are."""
     shape = (*steps_shape(xs)[1:], params.W_h.shape[0])
     z_x = input_product(params, xs[0]) if xs.shape[0] else jnp.zeros(shape)
-    h_0 = jnp.zeros_like(z_x) if h_0 is None else split_as(z_x, h_0)
+    h_0 = full_as(z_x, 0) if h_0 is None else split_as(z_x, h_0)
     h_0 = h_0.astype(params.W_h.dtype)
     return match_varying_axes(match_varying_axes(h_0, xs), params.W_h)
-
-
-def match_varying_axes(tree: Tree, like: Array) -> Tree:
-    """The same values; inside `shard_map`, marked as varying over the mesh axes of `like`.
-
-    The carry of a scan must vary from the start as it does after the first step. The result of a
-    `where` varies as its arguments do, in every version of JAX; XLA removes it.
-    """
-    unread = lax.stop_gradient(like).sum()
-    marked: Tree = jax.tree.map(
-        lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree
-    )
-    return marked
 
 
 def recur(
@@ -263,7 +251,7 @@ def hoisted_recur(loop: Loop, activation: Activation, *arguments: Any) -> Array:
 
 def _instantiate(tangent: Any, primal: Array) -> Array:
     """The tangent as an array, zeros if nothing depends on it."""
-    array: Array = jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+    array: Array = full_as(primal, 0) if isinstance(tangent, SymbolicZero) else tangent
     return array
 
 

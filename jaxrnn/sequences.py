@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxrnn import checks
 from jaxrnn.batches import Batch, steps_shape
+from jaxrnn.sharding import gathered
 
 
 def mask_from_lengths(lengths: Array, T: int) -> Array:
@@ -155,6 +156,7 @@ def unpad(padded: Any, lengths: Sequence[int]) -> list[Any]:
     whole = checks.is_integer(steps) or not N
     if steps.shape != (N,) or not whole or (steps < 0).any() or (steps > T).any():
         raise ValueError(f"lengths: expected {N} integers in 0..{T}, got {list(lengths)}")
+    padded = jax.tree.map(gathered, padded)
     return [
         jax.tree.map(lambda leaf, n=n, length=length: leaf[:length, n], padded)
         for n, length in enumerate(lengths)

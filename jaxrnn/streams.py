@@ -14,6 +14,7 @@ from jaxrnn.backward import bias_sum, outer_sum
 from jaxrnn.batches import (
     Batch,
     divide_by_count,
+    per_step,
     scaled_weights,
     step_weights,
     where_exists,
@@ -26,9 +27,9 @@ from jaxrnn.recurrence import (
     derivatives,
     hold,
     leaky,
-    match_varying_axes,
     unless_reset,
 )
+from jaxrnn.sharding import full_as, match_varying_axes, split_automatically
 
 
 class Stream(NamedTuple):
@@ -62,7 +63,9 @@ def start_stream(params: Params, h_0: Array, influence: Influence) -> Stream:
     H, I = params.W_x.shape
     checks.check_shape("h_0", h_0, (*h_0.shape[:-1], H), "*batch, H of W_h")
     h_0 = jnp.asarray(h_0, params.W_h.dtype)
-    return Stream(h_0, influence.start(h_0, I + H + 1))
+    start = influence.start(h_0, I + H + 1)
+    zeros = full_as(h_0.sum(axis=-1), 0)  # (*batch,), split over devices as J is to be
+    return Stream(h_0, jax.tree.map(lambda J: J + per_step(zeros, J), start))
 
 
 def check_stream(params: Params, stream: Any, influence: Influence) -> None:
@@ -71,9 +74,15 @@ def check_stream(params: Params, stream: Any, influence: Influence) -> None:
         raise TypeError(f"stream: expected a Stream, got {type(stream).__name__}")
     checks.check_float_array("stream.h", stream.h)
     expected = jax.eval_shape(partial(start_stream, influence=influence), params, stream.h)
-    got = jax.eval_shape(lambda stream: stream, stream)
-    if got != expected:
-        raise ValueError(f"stream: expected {expected}, as start_stream returns it, got {got}")
+    if _kinds(stream) != _kinds(expected):
+        raise ValueError(
+            f"stream: expected {_kinds(expected)}, as start_stream returns it, got {_kinds(stream)}"
+        )
+
+
+def _kinds(tree: Any) -> Any:
+    """The dtype and shape of each leaf."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
 
 
 def stream_gradient(
@@ -139,7 +148,7 @@ def stream_gradient(
         checks.check_key("key", key)
         keys = jax.random.split(jnp.asarray(key), len(weights))
 
-    def body(carry: Any, inputs: Any) -> tuple[Any, None]:
+    def body(params: Params, leak: Array | None, carry: Any, inputs: Any) -> tuple[Any, None]:
         stream, sums = carry
         now, weight, key = inputs
         x, target = (where_exists(now.mask, leaf) for leaf in (now.xs, now.targets))
@@ -156,7 +165,12 @@ def stream_gradient(
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
     carry = match_varying_axes((stream, zeros), batch.xs)
-    (stream, sums), _ = lax.scan(body, carry, (batch, weights, keys))
+
+    def loop(params: Params, leak: Array | None, carry: Any, inputs: Any) -> Any:
+        return lax.scan(partial(body, params, leak), carry, inputs)[0]
+
+    loop = split_automatically(loop, carry)
+    stream, sums = loop(params, leak, carry, (batch, weights, keys))
     value, grads = divide_by_count(sums, weights.sum())
     grads = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)
     return (value, stream), grads

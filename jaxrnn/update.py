@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, step_weights
 from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
-from jaxrnn.products import split_as
+from jaxrnn.sharding import split_as
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree, PyTree], PyTree]
 """An optax optimiser, or a rule (params, grads) -> params."""

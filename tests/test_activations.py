@@ -86,7 +86,10 @@ def test_the_gradient_by_a_learned_slope_is_that_of_the_plain_scan(compile):
     [
         (jnp.tanh, r"activation: expected an Activation\(f, df\), got"),
         (Activation(jnp.tanh, 3), "activation.df: expected a function, got 3"),
-        (Activation(np.tanh), "activation.f: expected a function of JAX arrays, got NumPy's <ufunc"),
+        (
+            Activation(np.tanh),
+            "activation.f: expected a function of JAX arrays, got",
+        ),
         (Activation(jnp.sum), r"activation.f: expected shape \(1, 2\) \(elementwise\), got \(\)"),
         (Activation(jnp.tanh, lambda h: 1.0), "activation.df: expected shape"),
         (Activation(lambda z: z > 0), "activation.f: expected dtype float32, got bool"),

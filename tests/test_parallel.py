@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
-from jaxrnn import Batch
+from jaxrnn import Batch, influence, streams
+from jaxrnn.jacobians import jacobian_products
 from tests.conftest import FAST_COMPILATION, default_and_thorough
 from tests.reference import plain_loss, random_case, relative_errors
 
@@ -143,9 +145,38 @@ def with_explicit_sharding():
         step = jaxrnn.make_update(jaxrnn.bptt, adam)
         return step(jaxrnn.init_state(params, adam, h_0), batch)[1].loss
 
+    def jacobians(params, batch, h_0):
+        hs = jaxrnn.hidden_states(params, batch.xs, h_0)[1]
+        return jaxrnn.jacobian(params, hs, batch.xs, **options)
+
+    def online(params, batch, h_0):
+        """One update for each step of a stream."""
+
+        def learn(carry, step):
+            params, stream = carry
+            step = jax.tree.map(lambda leaf: leaf[None], step)
+            arguments = params, step, stream
+            (_, stream), grads = streams.stream_gradient(*arguments, influence=influence.diagonal)
+            return (jaxrnn.sgd(params, grads, 0.1), stream), grads
+
+        h_0 = jaxrnn.hidden_states(params, batch.xs[:1], h_0)[0]
+        start = streams.start_stream(params, h_0, influence.diagonal)
+        return jax.lax.scan(learn, (params, start), batch)[1]
+
     return {
         "bptt": jaxrnn.bptt,
         "bptt with options": partial(jaxrnn.bptt, **options),
+        "bptt without df": partial(jaxrnn.bptt, activation=jaxrnn.Activation(jax.nn.gelu)),
+        "rtrl": partial(jaxrnn.rtrl, **options),
+        "snap1": jaxrnn.snap1,
+        "uoro": partial(jaxrnn.uoro, key=jax.random.key(5), **options),
+        "online": online,
+        "gauss_newton_product": lambda p, b, h: jaxrnn.gauss_newton_product(p, b, p, h, **options),
+        "jacobian": jacobians,
+        "jacobian_products": lambda *arguments: jacobian_products(jacobians(*arguments)),
+        "lyapunov_exponents": lambda p, b, h: jaxrnn.lyapunov_exponents(p, b.xs, h, **options)[
+            :, :2
+        ],
         "bptt, checkpoint_every": partial(jaxrnn.bptt, checkpoint_every=5),
         "sequence_loss": by_autodiff,
         "sequence_loss with options": partial(by_autodiff, **options),
@@ -164,9 +195,12 @@ def with_explicit_sharding():
 )
 @pytest.mark.parametrize(
     "name",
-    default_and_thorough(["bptt with options", "unroll"], with_explicit_sharding()),
+    default_and_thorough(
+        ["bptt with options", "unroll", "rtrl", "lyapunov_exponents"], with_explicit_sharding()
+    ),
 )
-def test_explicit_sharding_gives_the_same_results(name, options, tokens):
+@pytest.mark.parametrize("sets_mesh", default_and_thorough([False], [False, True]))
+def test_explicit_sharding_gives_the_same_results(name, options, tokens, sets_mesh):
     """The batch is split over the mesh, and JAX propagates its sharding in the types.
 
     With options, the first state is whole on each device.
@@ -180,10 +214,39 @@ def test_explicit_sharding_gives_the_same_results(name, options, tokens):
     function = jax.jit(with_explicit_sharding()[name])
     expected = function(case.params, case.batch, h_0)
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        params, h_0 = jax.device_put((case.params, h_0), NamedSharding(mesh, P()))
-        batch = jax.device_put(case.batch, NamedSharding(mesh, P(None, "batch")))
+    params, h_0 = jax.device_put((case.params, h_0), NamedSharding(mesh, P()))
+    batch = jax.device_put(case.batch, NamedSharding(mesh, P(None, "batch")))
+    with jax.set_mesh(mesh) if sets_mesh else nullcontext():
         assert max(relative_errors(function(params, batch, h_0), expected)) <= 1e-5
+
+
+@pytest.mark.parametrize("gradient_fn", [jaxrnn.bptt, None], ids=["bptt", "data_parallel"])
+@pytest.mark.parametrize("sets_mesh", default_and_thorough([False], [False, True]))
+def test_a_run_on_examples_split_by_explicit_sharding_equals_one_on_one_device(
+    gradient_fn, sets_mesh
+):
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    gradient_fn = gradient_fn or jaxrnn.data_parallel(jaxrnn.bptt, mesh)
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    xs = jax.random.normal(jax.random.key(1), (7, 40, 3))
+    batch = Batch(xs, jnp.ones((7, 40), int), mask=xs[..., 0] < 1)
+    fit = partial(jaxrnn.fit, jax.random.key(2), optimizer=optax.sgd(0.1), max_epochs=2)
+    expected = fit(params, batch, batch_size=16).best
+    split = jax.device_put(batch, NamedSharding(mesh, P(None, "batch")))
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh) if sets_mesh else nullcontext():
+        got = fit(params, split, batch_size=16, gradient_fn=gradient_fn).best
+        assert max(relative_errors(got, expected)) <= 1e-5
+        with pytest.raises(ValueError, match=r"^batch_size: expected a multiple of 8, .*, got 20$"):
+            fit(params, split, batch_size=20)
+
+
+def test_unpad_takes_arrays_split_by_explicit_sharding():
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    ys = jnp.arange(24.0).reshape(3, 8)
+    split = jax.device_put(ys, NamedSharding(mesh, P(None, "batch")))
+    for n, leaf in enumerate(jaxrnn.unpad(split, [2] * 8)):
+        assert jnp.array_equal(np.asarray(leaf), ys[:2, n])
 
 
 def test_gradient_flow_inside_shard_map(mesh):

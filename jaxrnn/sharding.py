@@ -1,0 +1,81 @@
+"""How arrays are split over devices where the type of an array says so: explicit mesh axes.
+
+Under `shard_map` and where XLA splits the arrays itself, these functions change nothing but the
+axes that an array is marked as varying over.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+Tree = TypeVar("Tree")
+
+
+def explicit_sharding(x: Array) -> NamedSharding | None:
+    """The sharding of x, if it belongs to the type of x: if mesh axes are explicit."""
+    sharding = jax.typeof(x).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def replicated(x: Array) -> NamedSharding | None:
+    """The sharding of a sum over all steps and sequences; None unless mesh axes are explicit."""
+    sharding = explicit_sharding(x)
+    return None if sharding is None else NamedSharding(sharding.mesh, P())
+
+
+def gathered(x: Array) -> Array:
+    """x, whole on each device if mesh axes are explicit."""
+    sharding = replicated(x)
+    whole: Array = x if sharding is None else jax.sharding.reshard(x, sharding)
+    return whole
+
+
+def split_as(like: Array, x: Array) -> Array:
+    """x, split over devices as `like` is if mesh axes are explicit."""
+    sharding = explicit_sharding(like)
+    split: Array = x if sharding is None else jax.sharding.reshard(x, sharding)
+    return split
+
+
+def full_as(like: Array, value: float, dtype: DTypeLike | None = None) -> Array:
+    """`jnp.full_like`, split over devices as `like` is if mesh axes are explicit.
+
+    `full_like` itself is split only where a mesh is set. XLA removes the `where`.
+    """
+    if explicit_sharding(like) is None:
+        return jnp.full_like(like, value, dtype)
+    dtype = like.dtype if dtype is None else dtype
+    return jnp.where(False, lax.stop_gradient(like).astype(dtype), jnp.asarray(value, dtype))
+
+
+def match_varying_axes(tree: Tree, like: Array) -> Tree:
+    """The same values; inside `shard_map`, marked as varying over the mesh axes of `like`.
+
+    The carry of a scan must vary from the start as it does after the first step. The result of a
+    `where` varies as its arguments do, in every version of JAX; XLA removes it.
+    """
+    unread = lax.stop_gradient(like).sum()
+    marked: Tree = jax.tree.map(
+        lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree
+    )
+    return marked
+
+
+def split_automatically(function: Callable[..., Tree], out: Any) -> Callable[..., Tree]:
+    """The function, whose operations XLA splits over devices where mesh axes are explicit.
+
+    The results are split as `out`, a pytree of arrays, is.
+    """
+    found = [s for s in map(explicit_sharding, jax.tree.leaves(out)) if s is not None]
+    if not found:
+        return function
+    whole = NamedSharding(found[0].mesh, P())
+    shardings = jax.tree.map(lambda leaf: explicit_sharding(leaf) or whole, out)
+    automatic: Callable[..., Tree] = jax.sharding.auto_axes(function, out_sharding=shardings)
+    return automatic
