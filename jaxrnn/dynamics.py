@@ -62,7 +62,7 @@ def gradient_flow(
     Raises:
       TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
 
-    >>> import jax, jaxrnn
+    >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
     >>> flow = gradient_flow(params, batch)
