@@ -33,9 +33,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType
 
 from jaxrnn.recurrence import scan
+from jaxrnn.sharding import explicit_sharding
 from jaxrnn.tiles import SEQUENCES, Network, in_pieces, with_flat_batch, with_whole_tiles
 
 Step: TypeAlias = Callable[..., tuple[Any, Any]]
@@ -127,7 +127,7 @@ def applies(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
         and carry.size > 0
         and all(leaf.dtype in (W_h.dtype, jnp.bool_) for leaf in leaves)
         and config.jax_default_matmul_precision in (None, "default")
-        and AxisType.Explicit not in jax.typeof(carry).sharding.mesh.axis_types
+        and explicit_sharding(carry) is None
     ):
         return False
     traced = jax.make_jaxpr(partial(step_on_chip, step, False))(*tile(network, inputs, H))

@@ -1,8 +1,4 @@
-"""How arrays are split over devices where the type of an array says so: explicit mesh axes.
-
-Under `shard_map` and where XLA splits the arrays itself, these functions change nothing but the
-axes that an array is marked as varying over.
-"""
+"""How arrays are split over devices where their types say so: explicit mesh axes, `shard_map`."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -55,7 +51,7 @@ def full_as(like: Array, value: float, dtype: DTypeLike | None = None) -> Array:
 
 
 def match_varying_axes(tree: Tree, like: Array) -> Tree:
-    """The same values; inside `shard_map`, marked as varying over the mesh axes of `like`.
+    """The same values, inside `shard_map` marked as varying over the mesh axes of `like`.
 
     The carry of a scan must vary from the start as it does after the first step. The result of a
     `where` varies as its arguments do, in every version of JAX; XLA removes it.
