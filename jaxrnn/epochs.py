@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxrnn.batches import Batch, divide_by_count, step_weights, steps_shape
 from jaxrnn.evaluation import value_state_count
 from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
-from jaxrnn.sharding import explicit_sharding
+from jaxrnn.sharding import explicit_sharding, parts
 from jaxrnn.update import Diverged, Metrics, Optimizer, TrainState, make_update
 
 
@@ -136,12 +136,10 @@ def epoch_runner(
     data = jax.tree.map(jnp.asarray, train)
     N = steps_shape(data.xs)[1]
     size = min(batch_size or N, N)
-    sharding = explicit_sharding(data.xs)
-    devices = 1 if sharding is None else N // sharding.shard_shape(data.xs.shape)[1]
-    if size % devices:
+    if size % parts(data.xs, 1):
         raise ValueError(
-            f"batch_size: expected a multiple of {devices}, the devices over which explicit "
-            f"sharding splits train, got {size}"
+            f"batch_size: expected a multiple of the {parts(data.xs, 1)} parts into which the type "
+            f"of train.xs splits the examples, got {size}"
         )
     return lambda state, epoch: compiled.shuffled_epoch(
         state, data, jax.random.fold_in(key, epoch), size

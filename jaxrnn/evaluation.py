@@ -24,11 +24,9 @@ def value_state_count(
     result: Any = loss_fn(params, batch, h)
     match result:
         case (value, h_T) if checks.is_scalar(value):
-            pass
-        case _:
-            shapes = jax.tree.map(jnp.shape, result)
-            raise TypeError(f"loss_fn: expected (value, h_T) of shapes ((), h_T), got {shapes}")
-    return value, h_T, step_weights(batch, value_dtype(params)).sum()
+            return value, h_T, step_weights(batch, value_dtype(params)).sum()
+    shapes = jax.tree.map(jnp.shape, result)
+    raise TypeError(f"loss_fn: expected (value, h_T) of shapes ((), h_T), got {shapes}")
 
 
 _value_state_count = jax.jit(value_state_count, static_argnums=0)

@@ -34,10 +34,10 @@ def value_dtype(params: PyTree) -> jnp.dtype:
 def call_gradient(
     gradient_fn: GradientFn, params: PyTree, batch: Any, h: PyTree, **keywords: Any
 ) -> tuple[tuple[Array, PyTree], PyTree]:
-    """gradient_fn(params, batch, h).
+    """What gradient_fn(params, batch, h) returns.
 
-    Raises TypeError unless it returns a scalar value, an h_T like h where h is carried, and a
-    gradient like params.
+    Raises TypeError unless that is a scalar value, an h_T like h where h is carried, and a gradient
+    like params.
     """
     result: Any = gradient_fn(params, batch, h, **keywords)
     match result:

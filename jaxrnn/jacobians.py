@@ -163,7 +163,6 @@ def lyapunov_exponents(
         raise ValueError(f"xs: expected at least 1 step, got shape {xs.shape}")
     h_0 = initial_state(params, xs, h_0)
     _, hs = hidden_states(params, xs, h_0, activation=activation, leak=leak, drive=drive)
-
     zs_x, hs_before = input_zs(params, xs, drive), previous(hs, h_0, None, None)
 
     def exponents(W_h: Array, leak: Array | None, h_0: Array, inputs: tuple[Array, Array]) -> Array:

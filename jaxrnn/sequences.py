@@ -153,9 +153,9 @@ def unpad(padded: Any, lengths: Sequence[int]) -> list[Any]:
         raise ValueError(f"padded: expected arrays (T, N, ...), got shapes {shapes}")
     T, N = shapes[0][:2]
     steps = np.asarray(lengths)
-    whole = checks.is_integer(steps) or not N
-    if steps.shape != (N,) or not whole or (steps < 0).any() or (steps > T).any():
-        raise ValueError(f"lengths: expected {N} integers in 0..{T}, got {list(lengths)}")
+    integers = steps.shape == (N,) and (checks.is_integer(steps) or N == 0)
+    if not integers or (steps < 0).any() or (steps > T).any():
+        raise ValueError(f"lengths: expected {N} integers in 0..{T}, got {lengths}")
     padded = jax.tree.map(gathered, padded)
     return [
         jax.tree.map(lambda leaf, n=n, length=length: leaf[:length, n], padded)
