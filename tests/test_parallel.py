@@ -237,9 +237,7 @@ def test_a_run_on_examples_split_by_explicit_sharding_equals_one_on_one_device(
     with jax.set_mesh(mesh) if sets_mesh else nullcontext():
         got = fit(params, split, batch_size=16, gradient_fn=gradient_fn).best
         assert max(relative_errors(got, expected)) <= 1e-5
-        with pytest.raises(
-            ValueError, match=r"^batch_size: expected a multiple of the 8 parts"
-        ):
+        with pytest.raises(ValueError, match=r"^batch_size: expected a multiple of the 8 parts"):
             fit(params, split, batch_size=20)
 
 
