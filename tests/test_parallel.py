@@ -169,7 +169,7 @@ def with_explicit_sharding():
         "bptt without df": partial(jaxrnn.bptt, activation=jaxrnn.Activation(jax.nn.gelu)),
         "rtrl": partial(jaxrnn.rtrl, **options),
         "snap1": jaxrnn.snap1,
-        "uoro": partial(jaxrnn.uoro, key=jax.random.key(5), **options),
+        "uoro": lambda p, b, h: jaxrnn.uoro(p, b, h, key=jax.random.key(5), **options),
         "online": online,
         "gauss_newton_product": lambda p, b, h: jaxrnn.gauss_newton_product(p, b, p, h, **options),
         "jacobian": jacobians,

@@ -53,6 +53,11 @@ def by_gradient_of_bptt(params, batch, h_0, **keywords):
     )
 
 
+def by_rtrl(params, batch, h_0, *, checkpoint_every=None, **keywords):
+    del checkpoint_every  # its memory does not grow with T
+    return jaxrnn.rtrl(params, batch, h_0, **keywords)
+
+
 def by_two_devices(params, batch, h_0, **keywords):
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("batch",))
     return jaxrnn.data_parallel(partial(jaxrnn.bptt, **keywords), mesh)(params, batch, h_0)
@@ -103,6 +108,7 @@ FUNCTIONS = {
     "autodiff": by_autodiff,
     "forward mode": by_forward_mode,
     "gradient of bptt": by_gradient_of_bptt,
+    "rtrl": by_rtrl,
     "two devices": by_two_devices,
     "update": by_update,
 }
@@ -113,7 +119,7 @@ TRANSFORMATIONS = {
     "scan": lambda f: jax.jit(scanned(f)),
     "cond": lambda f: jax.jit(chosen(f)),
 }
-PLACES = ("default", "batch", "time", "W_h", "explicit")
+PLACES = ("default", "batch", "time", "W_h", "explicit", "explicit, mesh not set")
 
 
 changing = precondition(lambda self: self.changes < 3)
@@ -180,11 +186,12 @@ class Network(RuleBasedStateMachine):
             case.arguments,
         )
         params, batch, h_0 = arguments
-        axis = {"batch": 1, "explicit": 1, "time": 0}.get(self.place)
+        explicit = self.place.startswith("explicit")
+        axis = 1 if explicit else {"batch": 1, "time": 0}.get(self.place)
         steps = case.batch.xs.shape if self.fixed["tokens"] else case.batch.xs.shape[:-1]
         if axis is not None and (len(steps) <= axis or steps[axis] % 2):
             return arguments, None
-        kind = AxisType.Explicit if self.place == "explicit" else AxisType.Auto
+        kind = AxisType.Explicit if explicit else AxisType.Auto
         mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,), devices=jax.devices()[:2])
         if self.place == "W_h":
             split = jax.device_put(params.W_h, NamedSharding(mesh, P(None, "x")))
@@ -192,6 +199,8 @@ class Network(RuleBasedStateMachine):
         if axis is None:
             return arguments, None
         batch = jax.device_put(batch, NamedSharding(mesh, P(*[None] * axis, "x")))
+        if self.place == "explicit, mesh not set":
+            params = jax.device_put(params, NamedSharding(mesh, P()))
         return (params, batch, h_0), mesh if self.place == "explicit" else None
 
     @rule(
@@ -205,6 +214,9 @@ class Network(RuleBasedStateMachine):
         if function == "two devices":  # it has a mesh of its own, and needs a batch axis
             self.place = "default"
             function = function if self.fixed["batch_shape"] else "bptt"
+        if transformation == "eager" and self.place.startswith("explicit"):
+            # Without a mesh, JAX's own autodiff fails; with one, after the same on an Auto mesh.
+            transformation = "jit"
         keywords = dict(case.keywords, checkpoint_every=checkpoint_every)
         if case.leak is not None:
             keywords["leak"] = case.leak.astype(self.dtype)
