@@ -142,14 +142,12 @@ def _product(
         if states is None:
             states = linearization_states(network, block, h)
             h_dots = block_tangents(network, v, block, h, states, h_dot)
-        dh_next, sums = block_transpose(
-            network, v, block, h, states, h_dots, dh_next, structural, last
-        )
+        dh_next, sums = block_transpose(network, v, block, h, states, h_dots, dh_next, c, last)
         return (dh_next, jax.tree.map(jnp.add, means, divide_by_count(sums, count))), None
 
     dtype = at_least_float32(v.W_h.dtype)
     batch, scale = scaled_weights(batch, v.W_h.dtype)
-    structural = None if structural is None else structural / scale
+    c = None if structural is None else jnp.asarray(structural, dtype) / scale
     count = step_weights(batch, dtype).sum()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), v)
     h_0_dot = full_as(h_0, 0)  # h_0 does not depend on the parameters

@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 from jax import Array
-from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation
 from jaxrnn.backward import block_flow, block_states, block_zs, hidden_sums, output_sums
@@ -85,19 +84,19 @@ def block_transpose(
     states: States,
     h_dots: Array,
     dh_next: Array,
-    structural: ArrayLike | None,
+    structural: Array | None,
     last: Array | None,
 ) -> tuple[Array, Params]:
     """The reverse loop over a block: dh_next for the block before, and the sums of G v."""
     params, activation, leak, _ = network
     dys = output_errors(network, v, block, states, h_dots)
-    dhs = dys @ params.W_y
+    dhs, dtype = dys @ params.W_y, at_least_float32(dys.dtype)
     if structural is not None:
-        counted = own_steps(where_exists(block.mask, h_dots), last)
+        counted = own_steps(where_exists(block.mask, h_dots), last).astype(dtype)
         dhs = dhs + (structural * counted).astype(dhs.dtype)
     dh_next, _, dzs = block_flow(
         params, block, h_0, states[:2], dhs, dh_next, activation, leak, last=last
     )
     dW_x, dW_h, db_h = hidden_sums(params, block, h_0, states[0], dzs)
-    dW_y, db_y = output_sums(block, states[0], dys, at_least_float32(dys.dtype))
+    dW_y, db_y = output_sums(block, states[0], dys, dtype)
     return dh_next, Params(dW_x, dW_h, dW_y, db_h, db_y)
