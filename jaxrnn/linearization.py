@@ -90,7 +90,8 @@ def block_transpose(
     """The reverse loop over a block: dh_next for the block before, and the sums of G v."""
     params, activation, leak, _ = network
     dys = output_errors(network, v, block, states, h_dots)
-    dhs, dtype = dys @ params.W_y, at_least_float32(dys.dtype)
+    dtype = at_least_float32(dys.dtype)
+    dhs = dys @ params.W_y
     if structural is not None:
         counted = own_steps(where_exists(block.mask, h_dots), last).astype(dtype)
         dhs = dhs + (structural * counted).astype(dhs.dtype)
