@@ -41,7 +41,11 @@ def gathered(x: Array) -> Array:
 def split_as(like: Array, x: Array) -> Array:
     """x, split over devices as `like` is if mesh axes are explicit."""
     sharding = explicit_sharding(like)
-    split: Array = x if sharding is None else jax.sharding.reshard(x, sharding)
+    if sharding is None:
+        return x
+    if explicit_sharding(x) is None:  # to reshard x, a mesh would have to be set
+        return full_as(like, 0, x.dtype) + x
+    split: Array = jax.sharding.reshard(x, sharding)
     return split
 
 

@@ -241,6 +241,16 @@ def test_a_run_on_examples_split_by_explicit_sharding_equals_one_on_one_device(
             fit(params, split, batch_size=20)
 
 
+@pytest.mark.parametrize("function", [jaxrnn.bptt, jaxrnn.rtrl])
+def test_h_0_may_be_on_one_device_beside_a_batch_split_by_explicit_sharding(function):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    batch = Batch(jnp.ones((7, 8, 3)), jnp.zeros((7, 8), int))
+    h_0 = np.random.default_rng(0).standard_normal((8, 5)).astype(np.float32)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    split = jax.device_put(batch, NamedSharding(mesh, P(None, "batch")))
+    assert max(relative_errors(function(params, split, h_0), function(params, batch, h_0))) <= 1e-5
+
+
 def test_unpad_takes_arrays_split_by_explicit_sharding():
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
     ys = jnp.arange(24.0).reshape(3, 8)
