@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 
@@ -76,7 +77,7 @@ def check_function(name: str, function: Any) -> None:
 
 def is_scalar(x: Any) -> bool:
     """Whether x is one number or an array of rank 0, and no container of them."""
-    return jax.tree_util.all_leaves([x]) and jnp.shape(x) == ()
+    return isinstance(x, Array | np.ndarray | Real) and getattr(x, "shape", ()) == ()
 
 
 def check_number(name: str, number: Any) -> None:

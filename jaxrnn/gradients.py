@@ -98,7 +98,7 @@ def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree
         params, pullback = jax.vjp(to_params, theta)
         checks.check_float_tree("to_params(theta)", params)
         (value, h_T), grads = call_gradient(gradient_fn, params, batch, h, **keywords)
-        (dtheta,) = pullback(grads)
+        (dtheta,) = pullback(jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params))
         return (value, h_T), dtheta
 
     return gradient

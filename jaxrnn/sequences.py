@@ -156,10 +156,10 @@ def unpad(padded: Any, lengths: Sequence[int]) -> list[Any]:
     integers = steps.shape == (N,) and (checks.is_integer(steps) or N == 0)
     if not integers or (steps < 0).any() or (steps > T).any():
         raise ValueError(f"lengths: expected {N} integers in 0..{T}, got {lengths}")
-    padded = jax.tree.map(gathered, padded)
+    on_host = jax.tree.map(lambda x: gathered(x) if isinstance(x, Array) else x, padded)
     return [
-        jax.tree.map(lambda leaf, n=n, length=length: leaf[:length, n], padded)
-        for n, length in enumerate(lengths)
+        jax.tree.map(lambda leaf, n=n, length=length: leaf[:length, n], on_host)
+        for n, length in enumerate(steps.tolist())
     ]
 
 

@@ -81,7 +81,15 @@ def split_automatically(function: Callable[..., Tree], out: Any) -> Callable[...
     found = [s for s in map(explicit_sharding, jax.tree.leaves(out)) if s is not None]
     if not found:
         return function
-    whole = NamedSharding(found[0].mesh, P())
+    mesh = found[0].mesh
+    axes = tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit  # others may be those of a `shard_map` around
+    )
+    whole = NamedSharding(mesh, P())
     shardings = jax.tree.map(lambda leaf: explicit_sharding(leaf) or whole, out)
-    automatic: Callable[..., Tree] = jax.sharding.auto_axes(function, out_sharding=shardings)
+    automatic: Callable[..., Tree] = jax.sharding.auto_axes(
+        function, axes=axes, out_sharding=shardings
+    )
     return automatic

@@ -86,6 +86,18 @@ def test_fit_trains_theta(to_params, batch):
     assert jnp.isfinite(trained.W_h).all()
 
 
+def test_a_gradient_of_another_dtype_is_cast_to_that_of_the_parameters(batch):
+    def wide(params, batch, h=None):
+        result, grads = jaxrnn.bptt(params, batch, h)
+        return result, jax.tree.map(lambda d: d.astype(jnp.float32), grads)
+
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), dale(start(dale)))
+    got, expected = (
+        jaxrnn.reparametrized(fn, lambda theta: theta)(half, batch) for fn in (wide, jaxrnn.bptt)
+    )
+    assert all(map(jnp.array_equal, jax.tree.leaves(got), jax.tree.leaves(expected)))
+
+
 @pytest.mark.thorough
 def test_a_key_reaches_the_gradient_function(batch):
     def noisy(params, batch, h=None, *, key):

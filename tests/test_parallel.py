@@ -255,8 +255,34 @@ def test_unpad_takes_arrays_split_by_explicit_sharding():
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
     ys = jnp.arange(24.0).reshape(3, 8)
     split = jax.device_put(ys, NamedSharding(mesh, P(None, "batch")))
-    for n, leaf in enumerate(jaxrnn.unpad(split, [2] * 8)):
-        assert jnp.array_equal(np.asarray(leaf), ys[:2, n])
+    lengths = jax.device_put(1 + jnp.arange(8) % 3, NamedSharding(mesh, P("batch")))
+    for n, leaf in enumerate(jaxrnn.unpad(split, lengths)):
+        assert jnp.array_equal(np.asarray(leaf), ys[: 1 + n % 3, n])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda params, batch: jaxrnn.rtrl(params, batch)[1].W_h,
+        lambda params, batch: jaxrnn.lyapunov_exponents(params, batch.xs)[:, :2].mean(),
+    ],
+    ids=["rtrl", "lyapunov_exponents"],
+)
+def test_explicit_axes_beside_those_of_a_shard_map(function):
+    """The batch is split over both axes of the mesh, of which `shard_map` takes one."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    batch = Batch(jax.random.normal(jax.random.key(1), (7, 8, 3)), jnp.zeros((7, 8), int))
+
+    def mean(params, batch):
+        return jax.lax.pmean(function(params, batch), "a")
+
+    split = jax.shard_map(
+        mean, mesh=mesh, in_specs=(P(), P(None, "a")), out_specs=P(), axis_names={"a"}
+    )
+    placed = jax.device_put(batch, NamedSharding(mesh, P(None, ("a", "b"))))
+    whole = jax.device_put(params, NamedSharding(mesh, P()))
+    assert max(relative_errors(jax.jit(split)(whole, placed), function(params, batch))) <= 1e-5
 
 
 def test_gradient_flow_inside_shard_map(mesh):

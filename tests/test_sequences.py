@@ -186,6 +186,11 @@ def test_unpad_rejects_invalid_lengths(lengths):
         jaxrnn.unpad(np.zeros((3, 2)), lengths)
 
 
+def test_unpad_takes_arrays_that_jax_does_not_have():
+    words = np.array([["a", "b"], ["c", ""]])
+    assert [leaf.tolist() for leaf in jaxrnn.unpad(words, [2, 1])] == [["a", "c"], ["b"]]
+
+
 @pytest.mark.parametrize("padded", [np.ones(5), None, (np.ones((3, 2)), np.ones((2, 4)))])
 def test_unpad_rejects_arrays_without_time_and_sequences(padded):
     with pytest.raises(ValueError, match=r"^padded: expected arrays \(T, N, \.\.\.\), got"):

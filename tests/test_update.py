@@ -296,6 +296,7 @@ WRONG_GRADIENT_FNS = {
     "loss": jaxrnn.sequence_loss,
     "value_and_grad": jax.value_and_grad(lambda *a: jaxrnn.sequence_loss(*a)[0]),
     "grad": jax.grad(jaxrnn.sequence_loss, has_aux=True),
+    "value that is no number": lambda p, b, h=None: (("x", h), p),
     "value that is no scalar": lambda p, b, h=None: ((jnp.zeros(3), h), p),
     "gradient of another structure": lambda p, b, h=None: ((jnp.zeros(()), h), tuple(p)),
     "gradient of another shape": lambda p, b, h=None: ((jnp.zeros(()), h), p._replace(b_y=p.b_h)),
@@ -318,7 +319,7 @@ def test_what_a_gradient_function_returns_is_checked(name, params, batch):
             ),
         ]
     for call in calls:
-        message = r"^gradient_fn: expected \(\(value, h_T\), grads\) of shapes \(\(\(\), "
+        message = r"^gradient_fn: expected \(\(value, h_T\), grads\) of shapes "
         with pytest.raises(TypeError, match=message):
             call()
 
