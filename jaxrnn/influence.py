@@ -17,13 +17,14 @@ from jax.typing import DTypeLike
 from jaxrnn import checks
 from jaxrnn.params import Params
 from jaxrnn.products import per_unit
+from jaxrnn.sharding import full_as, replicated
 
 
 def augmented_input(params: Params, x: Array, h_before: Array) -> Array:
     """u_t = [x_t; h_{t-1}; 1], (*batch, I + H + 1); a token x is a one-hot vector."""
     if checks.is_integer(x):
         x = jax.nn.one_hot(x.astype(jnp.int32), params.W_x.shape[1])
-    ones = jnp.ones_like(h_before[..., :1])
+    ones = full_as(h_before[..., :1], 1)
     return jnp.concatenate([x.astype(h_before.dtype), h_before, ones], axis=-1)
 
 
@@ -63,7 +64,9 @@ def _full_advance(
 
 
 def _full_contract(J: Array, dh: Array, dtype: DTypeLike) -> Array:
-    return jnp.einsum("...jni,...i->jn", J, dh, preferred_element_type=dtype)
+    return jnp.einsum(
+        "...jni,...i->jn", J, dh, preferred_element_type=dtype, out_sharding=replicated(dh)
+    )
 
 
 full = Influence(_full_start, _full_advance, _full_contract)
@@ -86,7 +89,9 @@ def _diagonal_advance(
 
 
 def _diagonal_contract(J: Array, dh: Array, dtype: DTypeLike) -> Array:
-    return jnp.einsum("...jn,...j->jn", J, dh, preferred_element_type=dtype)
+    return jnp.einsum(
+        "...jn,...j->jn", J, dh, preferred_element_type=dtype, out_sharding=replicated(dh)
+    )
 
 
 diagonal = Influence(_diagonal_start, _diagonal_advance, _diagonal_contract)
@@ -136,7 +141,7 @@ def _rank_one_advance(
 
 def _rank_one_contract(J: RankOne, dh: Array, dtype: DTypeLike) -> Array:
     scale = (dh.astype(dtype) * J.h.astype(dtype)).sum(-1)
-    return jnp.einsum("...,...jn->jn", scale, J.theta.astype(dtype))
+    return jnp.einsum("...,...jn->jn", scale, J.theta.astype(dtype), out_sharding=replicated(dh))
 
 
 rank_one = Influence(_rank_one_start, _rank_one_advance, _rank_one_contract, random=True)

@@ -67,7 +67,7 @@ def state_jacobian(
 ) -> Array:
     """J at the states h (*batch, H), where z_x is W_x x + b_h."""
     z = z_x + h @ W_h.T
-    f_prime = jax.jvp(activation.f, (z,), (jnp.ones_like(z),))[1][..., None]
+    f_prime = jax.jvp(activation.f, (z,), (full_as(z, 1),))[1][..., None]
     J: Array = f_prime * per_unit(W_h, f_prime)  # diag(f') W_h
     if leak is None:
         return J
@@ -106,13 +106,11 @@ def jacobian_products(Js: Array) -> Array:
     checks.check_float_array("Js", Js)
     if Js.ndim < 3 or Js.shape[-2] != Js.shape[-1]:
         raise ValueError(f"Js: expected shape (T, *batch, H, H), got {Js.shape}")
-    zeros = match_varying_axes(full_as(Js.sum(axis=0), 0), Js)
-    identity = zeros + per_unit(jnp.eye(Js.shape[-1], dtype=Js.dtype), zeros)
 
     def body(product: Array, J: Array) -> tuple[Array, Array]:
         return product @ J, product
 
-    first, products = lax.scan(body, identity, Js, reverse=True)
+    first, products = lax.scan(body, identities(Js.sum(axis=0)), Js, reverse=True)
     return jnp.concatenate([first[None], products])
 
 
@@ -163,17 +161,22 @@ def lyapunov_exponents(
         raise ValueError(f"xs: expected at least 1 step, got shape {xs.shape}")
     h_0 = initial_state(params, xs, h_0)
     _, hs = hidden_states(params, xs, h_0, activation=activation, leak=leak, drive=drive)
-    zs_x, hs_before = input_zs(params, xs, drive), previous(hs, h_0, None, None)
 
-    def exponents(W_h: Array, leak: Array | None, h_0: Array, inputs: tuple[Array, Array]) -> Array:
-        def body(Q: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            Q, R = jnp.linalg.qr(state_jacobian(activation, W_h, *inputs, leak) @ Q)
-            return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
+    def factorised(A: Array) -> tuple[Array, Array]:
+        Q, R = jnp.linalg.qr(A)
+        return Q, jnp.log(jnp.abs(jnp.diagonal(R, axis1=-2, axis2=-1)))
 
-        identity = jnp.broadcast_to(jnp.eye(len(W_h), dtype=h_0.dtype), (*h_0.shape, len(W_h)))
-        _, growth = lax.scan(body, match_varying_axes(identity, h_0), inputs)
-        return jnp.sort(growth.mean(axis=0), axis=-1)[..., ::-1]
+    def body(Q: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        A = state_jacobian(activation, params.W_h, *inputs, as_leak(params, leak)) @ Q
+        # JAX has no rule for the QR factorisation of arrays whose sharding is explicit.
+        return split_automatically(factorised, (A, h_0))(A)
 
-    # JAX has no rule for the QR factorisation of arrays whose sharding is explicit.
-    split = split_automatically(exponents, h_0)
-    return split(params.W_h, as_leak(params, leak), h_0, (zs_x, hs_before))
+    Q_0 = identities(h_0[..., None] * h_0[..., None, :])
+    _, growth = lax.scan(body, Q_0, (input_zs(params, xs, drive), previous(hs, h_0, None, None)))
+    return jnp.sort(growth.mean(axis=0), axis=-1)[..., ::-1]
+
+
+def identities(like: Array) -> Array:
+    """Identity matrices in the shape of `like` (*batch, H, H), split and varying as they are."""
+    zeros = match_varying_axes(full_as(like, 0), like)
+    return zeros + per_unit(jnp.eye(like.shape[-1], dtype=like.dtype), zeros)

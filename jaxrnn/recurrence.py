@@ -237,7 +237,7 @@ def derivatives(
         f_primes = activation.df(hs if fs is None else fs)
     else:
         z = zs()
-        f_primes = jnp.asarray(jax.jvp(activation.f, (z,), (jnp.ones_like(z),))[1])
+        f_primes = jnp.asarray(jax.jvp(activation.f, (z,), (full_as(z, 1),))[1])
     return f_primes if leak is None else per_unit(leak, f_primes) * f_primes
 
 

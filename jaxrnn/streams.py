@@ -29,7 +29,7 @@ from jaxrnn.recurrence import (
     leaky,
     unless_reset,
 )
-from jaxrnn.sharding import full_as, match_varying_axes, split_automatically
+from jaxrnn.sharding import full_as, match_varying_axes
 
 
 class Stream(NamedTuple):
@@ -147,7 +147,7 @@ def stream_gradient(
         checks.check_key("key", key)
         keys = jax.random.split(jnp.asarray(key), len(weights))
 
-    def body(params: Params, leak: Array | None, carry: Any, inputs: Any) -> tuple[Any, None]:
+    def body(carry: Any, inputs: Any) -> tuple[Any, None]:
         stream, sums = carry
         now, weight, key = inputs
         x, target = (where_exists(now.mask, leaf) for leaf in (now.xs, now.targets))
@@ -164,12 +164,7 @@ def stream_gradient(
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
     carry = match_varying_axes((stream, zeros), batch.xs)
-
-    def loop(params: Params, leak: Array | None, carry: Any, inputs: Any) -> Any:
-        return lax.scan(partial(body, params, leak), carry, inputs)[0]
-
-    inputs = batch, weights, keys
-    stream, sums = split_automatically(loop, carry)(params, leak, carry, inputs)
+    (stream, sums), _ = lax.scan(body, carry, (batch, weights, keys))
     value, grads = divide_by_count(sums, weights.sum())
     grads = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)
     return (value, stream), grads

@@ -251,6 +251,24 @@ def test_h_0_may_be_on_one_device_beside_a_batch_split_by_explicit_sharding(func
     assert max(relative_errors(function(params, split, h_0), function(params, batch, h_0))) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["bptt", "rtrl", "lyapunov_exponents"])
+def test_an_activation_may_close_over_arrays_on_an_explicit_mesh(name):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    batch = Batch(jax.random.normal(jax.random.key(1), (7, 8, 3)), jnp.zeros((7, 8), int))
+
+    @jax.jit
+    def result(slope, params, batch):
+        activation = jaxrnn.Activation(lambda z: jnp.tanh(slope * z))
+        if name == "lyapunov_exponents":
+            return jaxrnn.lyapunov_exponents(params, batch.xs, activation=activation)[:, :2]
+        return getattr(jaxrnn, name)(params, batch, activation=activation)
+
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    whole = jax.device_put((jnp.float32(0.7), params), NamedSharding(mesh, P()))
+    split = jax.device_put(batch, NamedSharding(mesh, P(None, "batch")))
+    assert max(relative_errors(result(*whole, split), result(0.7, params, batch))) <= 1e-5
+
+
 def test_unpad_takes_arrays_split_by_explicit_sharding():
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
     ys = jnp.arange(24.0).reshape(3, 8)
