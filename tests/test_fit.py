@@ -155,14 +155,6 @@ def test_a_tolerance_that_is_not_finite_is_refused(tolerance, params, batch):
         fit(params, batch, tolerance=tolerance)
 
 
-def test_a_setting_of_the_wrong_type_is_named_before_training(params, batch):
-    with pytest.raises(TypeError, match=r"^tolerance: expected a number, got None$"):
-        fit(params, batch, tolerance=None)
-    with pytest.raises(TypeError, match=r"^callback: expected a function, got 3$"):
-        fit(params, batch, callback=3)
-    assert len(fit(params, batch, tolerance=np.float32(0.1), max_epochs=1).history) == 1
-
-
 def test_a_folder_with_another_run_is_not_overwritten(params, batch, tmp_path):
     save = partial(jaxrnn.save_fit, tmp_path)
     whole = fit(params, batch, callback=save)

@@ -5,21 +5,18 @@ import re
 import socket
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxrnn
-from jaxrnn import Batch, influence, streams
-from jaxrnn.jacobians import jacobian_products
+from jaxrnn import Batch
 from tests.conftest import FAST_COMPILATION, default_and_thorough
 from tests.reference import plain_loss, random_case, relative_errors
 
@@ -114,193 +111,6 @@ def test_a_sharded_batch_under_plain_jit_reduces_once_and_outside_every_loop(mes
     plain = jax.jit(jax.value_and_grad(plain_loss, has_aux=True))
     text = plain.lower(case.params, batch).compile().as_text()
     assert any(computation != "ENTRY" for computation, _ in reductions(text))
-
-
-def test_an_explicit_mesh_gives_the_same_value_and_gradient():
-    """`jax.make_mesh` makes explicit axes; the data are on one device, or split over the mesh."""
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
-    xs = jax.random.normal(jax.random.key(1), (7, 8, 3))
-    batch = Batch(xs, jnp.zeros((7, 8), int))
-    expected = jax.jit(jaxrnn.bptt)(params, batch)
-    parallel = jax.jit(jaxrnn.data_parallel(jaxrnn.bptt, mesh))
-    assert max(relative_errors(parallel(params, batch), expected)) <= 1e-5
-    with jax.set_mesh(mesh):
-        split = jax.device_put(batch, NamedSharding(mesh, P(None, "batch")))
-        assert max(relative_errors(parallel(params, split), expected)) <= 1e-5
-        loss = jax.jit(jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True))
-        assert max(relative_errors(loss(params, split), expected)) <= 1e-5
-
-
-def with_explicit_sharding():
-    """Calls of public functions: name -> function of (params, batch, h_0)."""
-    options = {"leak": 0.5, "activation": jaxrnn.relu}
-    adam = optax.adam(1e-2)
-
-    def states(function, params, batch, h_0):
-        fields = {"drive": batch.drive, "mask": batch.mask, "reset": batch.reset}
-        return function(params, batch.xs, h_0, **fields, **options)
-
-    def update(params, batch, h_0):
-        step = jaxrnn.make_update(jaxrnn.bptt, adam)
-        return step(jaxrnn.init_state(params, adam, h_0), batch)[1].loss
-
-    def jacobians(params, batch, h_0):
-        hs = jaxrnn.hidden_states(params, batch.xs, h_0)[1]
-        return jaxrnn.jacobian(params, hs, batch.xs, **options)
-
-    def online(params, batch, h_0):
-        """One update for each step of a stream."""
-
-        def learn(carry, step):
-            params, stream = carry
-            step = jax.tree.map(lambda leaf: leaf[None], step)
-            arguments = params, step, stream
-            (_, stream), grads = streams.stream_gradient(*arguments, influence=influence.diagonal)
-            return (jaxrnn.sgd(params, grads, 0.1), stream), grads
-
-        h_0 = jaxrnn.hidden_states(params, batch.xs[:1], h_0)[0]
-        start = streams.start_stream(params, h_0, influence.diagonal)
-        return jax.lax.scan(learn, (params, start), batch)[1]
-
-    return {
-        "bptt": jaxrnn.bptt,
-        "bptt with options": partial(jaxrnn.bptt, **options),
-        "bptt without df": partial(jaxrnn.bptt, activation=jaxrnn.Activation(jax.nn.gelu)),
-        "rtrl": partial(jaxrnn.rtrl, **options),
-        "snap1": jaxrnn.snap1,
-        "uoro": lambda p, b, h: jaxrnn.uoro(p, b, h, key=jax.random.key(5), **options),
-        "online": online,
-        "gauss_newton_product": lambda p, b, h: jaxrnn.gauss_newton_product(p, b, p, h, **options),
-        "jacobian": jacobians,
-        "jacobian_products": lambda *arguments: jacobian_products(jacobians(*arguments)),
-        "lyapunov_exponents": lambda p, b, h: jaxrnn.lyapunov_exponents(p, b.xs, h, **options)[
-            :, :2
-        ],
-        "bptt, checkpoint_every": partial(jaxrnn.bptt, checkpoint_every=5),
-        "sequence_loss": by_autodiff,
-        "sequence_loss with options": partial(by_autodiff, **options),
-        "gradient_flow": partial(jaxrnn.gradient_flow, **options),
-        "hidden_states": partial(states, jaxrnn.hidden_states),
-        "unroll": partial(states, jaxrnn.unroll),
-        "update": update,
-    }
-
-
-@pytest.mark.parametrize(
-    ("options", "tokens"),
-    default_and_thorough(
-        [(True, False)], [(False, False), (False, True), (True, False), (True, True)], unpack=True
-    ),
-)
-@pytest.mark.parametrize(
-    "name",
-    default_and_thorough(
-        ["bptt with options", "unroll", "rtrl", "lyapunov_exponents"], with_explicit_sharding()
-    ),
-)
-@pytest.mark.parametrize("sets_mesh", default_and_thorough([False], [False, True]))
-def test_explicit_sharding_gives_the_same_results(name, options, tokens, sets_mesh):
-    """The batch is split over the mesh, and JAX propagates its sharding in the types.
-
-    With options, the first state is whole on each device.
-    """
-    case = random_case(
-        3, dtype=np.float32, T=37, batch_shape=(8,), sizes=(3, 5, 2), loss="cross_entropy",
-        labels=True, mask=options, reset=options, weights=options, drive=options, tokens=tokens,
-        h_0=False,
-    )  # fmt: skip
-    h_0 = jax.random.normal(jax.random.key(4), (8, 5)) if options else None
-    function = jax.jit(with_explicit_sharding()[name])
-    expected = function(case.params, case.batch, h_0)
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    params, h_0 = jax.device_put((case.params, h_0), NamedSharding(mesh, P()))
-    batch = jax.device_put(case.batch, NamedSharding(mesh, P(None, "batch")))
-    with jax.set_mesh(mesh) if sets_mesh else nullcontext():
-        assert max(relative_errors(function(params, batch, h_0), expected)) <= 1e-5
-
-
-@pytest.mark.parametrize("gradient_fn", [jaxrnn.bptt, None], ids=["bptt", "data_parallel"])
-@pytest.mark.parametrize("sets_mesh", default_and_thorough([False], [False, True]))
-def test_a_run_on_examples_split_by_explicit_sharding_equals_one_on_one_device(
-    gradient_fn, sets_mesh
-):
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    gradient_fn = gradient_fn or jaxrnn.data_parallel(jaxrnn.bptt, mesh)
-    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
-    xs = jax.random.normal(jax.random.key(1), (7, 40, 3))
-    batch = Batch(xs, jnp.ones((7, 40), int), mask=xs[..., 0] < 1)
-    fit = partial(jaxrnn.fit, jax.random.key(2), optimizer=optax.sgd(0.1), max_epochs=2)
-    expected = fit(params, batch, batch_size=16).best
-    split = jax.device_put(batch, NamedSharding(mesh, P(None, "batch")))
-    params = jax.device_put(params, NamedSharding(mesh, P()))
-    with jax.set_mesh(mesh) if sets_mesh else nullcontext():
-        got = fit(params, split, batch_size=16, gradient_fn=gradient_fn).best
-        assert max(relative_errors(got, expected)) <= 1e-5
-        with pytest.raises(ValueError, match=r"^batch_size: expected a multiple of the 8 parts"):
-            fit(params, split, batch_size=20)
-
-
-@pytest.mark.parametrize("function", [jaxrnn.bptt, jaxrnn.rtrl])
-def test_h_0_may_be_on_one_device_beside_a_batch_split_by_explicit_sharding(function):
-    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
-    batch = Batch(jnp.ones((7, 8, 3)), jnp.zeros((7, 8), int))
-    h_0 = np.random.default_rng(0).standard_normal((8, 5)).astype(np.float32)
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    split = jax.device_put(batch, NamedSharding(mesh, P(None, "batch")))
-    assert max(relative_errors(function(params, split, h_0), function(params, batch, h_0))) <= 1e-5
-
-
-@pytest.mark.parametrize("name", ["bptt", "rtrl", "lyapunov_exponents"])
-def test_an_activation_may_close_over_arrays_on_an_explicit_mesh(name):
-    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
-    batch = Batch(jax.random.normal(jax.random.key(1), (7, 8, 3)), jnp.zeros((7, 8), int))
-
-    @jax.jit
-    def result(slope, params, batch):
-        activation = jaxrnn.Activation(lambda z: jnp.tanh(slope * z))
-        if name == "lyapunov_exponents":
-            return jaxrnn.lyapunov_exponents(params, batch.xs, activation=activation)[:, :2]
-        return getattr(jaxrnn, name)(params, batch, activation=activation)
-
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    whole = jax.device_put((jnp.float32(0.7), params), NamedSharding(mesh, P()))
-    split = jax.device_put(batch, NamedSharding(mesh, P(None, "batch")))
-    assert max(relative_errors(result(*whole, split), result(0.7, params, batch))) <= 1e-5
-
-
-def test_unpad_takes_arrays_split_by_explicit_sharding():
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
-    ys = jnp.arange(24.0).reshape(3, 8)
-    split = jax.device_put(ys, NamedSharding(mesh, P(None, "batch")))
-    lengths = jax.device_put(1 + jnp.arange(8) % 3, NamedSharding(mesh, P("batch")))
-    for n, leaf in enumerate(jaxrnn.unpad(split, lengths)):
-        assert jnp.array_equal(np.asarray(leaf), ys[: 1 + n % 3, n])
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda params, batch: jaxrnn.rtrl(params, batch)[1].W_h,
-        lambda params, batch: jaxrnn.lyapunov_exponents(params, batch.xs)[:, :2].mean(),
-    ],
-    ids=["rtrl", "lyapunov_exponents"],
-)
-def test_explicit_axes_beside_those_of_a_shard_map(function):
-    """The batch is split over both axes of the mesh, of which `shard_map` takes one."""
-    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
-    batch = Batch(jax.random.normal(jax.random.key(1), (7, 8, 3)), jnp.zeros((7, 8), int))
-
-    def mean(params, batch):
-        return jax.lax.pmean(function(params, batch), "a")
-
-    split = jax.shard_map(
-        mean, mesh=mesh, in_specs=(P(), P(None, "a")), out_specs=P(), axis_names={"a"}
-    )
-    placed = jax.device_put(batch, NamedSharding(mesh, P(None, ("a", "b"))))
-    whole = jax.device_put(params, NamedSharding(mesh, P()))
-    assert max(relative_errors(jax.jit(split)(whole, placed), function(params, batch))) <= 1e-5
 
 
 def test_gradient_flow_inside_shard_map(mesh):

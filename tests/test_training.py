@@ -156,6 +156,16 @@ def test_a_wrong_argument_of_evaluate_is_named(params):
         jaxrnn.evaluate(params, data, loss_fn=3)
 
 
+def test_a_setting_of_the_wrong_type_is_named_before_training(params):
+    fit = partial(jaxrnn.fit, jax.random.key(0), params, parity(jax.random.key(1)))
+    fit = partial(fit, optimizer=optax.sgd(0.1), max_epochs=1)
+    with pytest.raises(TypeError, match=r"^tolerance: expected a number, got None$"):
+        fit(tolerance=None)
+    with pytest.raises(TypeError, match=r"^callback: expected a function, got 3$"):
+        fit(callback=3)
+    assert len(fit(tolerance=np.float32(0.1)).history) == 1
+
+
 def spoilt(bad, where):
     """Batches; the loss of those in `where` is not finite."""
     batch = parity(jax.random.key(1), N=4)

@@ -292,38 +292,6 @@ def test_a_carried_state_keeps_its_dtype(params, batch):
     assert state.h.dtype == jnp.bfloat16
 
 
-WRONG_GRADIENT_FNS = {
-    "loss": jaxrnn.sequence_loss,
-    "value_and_grad": jax.value_and_grad(lambda *a: jaxrnn.sequence_loss(*a)[0]),
-    "grad": jax.grad(jaxrnn.sequence_loss, has_aux=True),
-    "value that is no number": lambda p, b, h=None: (("x", h), p),
-    "value that is no scalar": lambda p, b, h=None: ((jnp.zeros(3), h), p),
-    "gradient of another structure": lambda p, b, h=None: ((jnp.zeros(()), h), tuple(p)),
-    "gradient of another shape": lambda p, b, h=None: ((jnp.zeros(()), h), p._replace(b_y=p.b_h)),
-    "state of another shape": lambda p, b, h=None: ((jnp.zeros(()), jnp.zeros(7)), p),
-}
-
-
-@pytest.mark.parametrize("name", WRONG_GRADIENT_FNS)
-def test_what_a_gradient_function_returns_is_checked(name, params, batch):
-    gradient_fn, optimizer = WRONG_GRADIENT_FNS[name], optax.sgd(0.1)
-    h = jnp.zeros((*batch.xs.shape[1:-1], params.W_h.shape[0]))
-    state = jaxrnn.init_state(params, optimizer, h)
-    calls = [lambda: jaxrnn.make_update(gradient_fn, optimizer)(state, batch)]
-    if name != "state of another shape":  # carried by none of these
-        mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
-        calls += [
-            lambda: jaxrnn.data_parallel(gradient_fn, mesh)(params, batch),
-            lambda: jaxrnn.fit(
-                jax.random.key(0), params, batch, optimizer=optimizer, gradient_fn=gradient_fn
-            ),
-        ]
-    for call in calls:
-        message = r"^gradient_fn: expected \(\(value, h_T\), grads\) of shapes "
-        with pytest.raises(TypeError, match=message):
-            call()
-
-
 def test_a_gradient_function_that_is_none_is_named():
     with pytest.raises(TypeError, match="gradient_fn: expected a function, got None"):
         jaxrnn.make_update(None, optax.sgd(0.1))
