@@ -177,14 +177,17 @@ def buckets(lengths: Sequence[int], *, padding: float = 0.1) -> list[np.ndarray]
       Index arrays, from the longest sequences to the shortest. Each index is in exactly one.
 
     Raises:
-      ValueError: padding lies outside [0, 1).
+      ValueError: padding lies outside [0, 1); lengths are not integers of at least 0.
 
     >>> [bucket.tolist() for bucket in buckets([10, 2, 9, 2])]
     [[0, 2], [1, 3]]
     """
     if not 0 <= padding < 1:
         raise ValueError(f"padding: expected a share in [0, 1), got {padding}")
-    T = np.asarray(lengths, int)  # sums would overflow in the dtype of short integers
+    T = np.asarray(lengths)
+    if T.ndim != 1 or (T.size and not checks.is_integer(T)) or (T < 0).any():
+        raise ValueError(f"lengths: expected integers of at least 0, got {lengths}")
+    T = T.astype(int)  # sums would overflow in the dtype of short integers
     order = np.argsort(-T, kind="stable")
     found, start, total = [], 0, 0
     for stop, length in enumerate(T[order]):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation
 from jaxrnn.batches import Batch, check_batch, fits_as_numbers, per_step, steps_shape
-from jaxrnn.gradients import PyTree
+from jaxrnn.gradients import PyTree, value_dtype
 from jaxrnn.params import Params, check_params
 
 
@@ -33,9 +33,10 @@ def check_values(
     Raises:
       TypeError: a mask or reset is not bool, or targets or weights are not numbers.
       ValueError: shapes do not fit; tokens lie outside [0, I) or integer labels outside [0, O);
-        parameters, states, inputs, targets, weights or drive are not finite; a weight is negative;
-        a 64-bit value does not fit 32 bits; activation.df is not the derivative of f. The message
-        names the first such place.
+        parameters, states, inputs, targets, weights or drive are not finite, or not in the dtype
+        of the parameters (targets and weights: float32 at least); a weight is negative, or the sum
+        of all does not fit; a 64-bit value does not fit 32 bits; activation.df is not the
+        derivative of f. The message names the first such place.
 
     Warns:
       UserWarning: JAX rounds float64 values to float32; or integer xs, which are tokens, look like
@@ -58,7 +59,10 @@ def check_values(
     for name, tree in (("params", params), ("h_0", h_0)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             _check_numbers(name + jax.tree_util.keystr(path), checks.to_numpy(leaf))
+    if network is not None and h_0 is not None:
+        _check_fits("h_0", checks.to_numpy(h_0), True, network.W_h.dtype)
 
+    wide = value_dtype(params)
     shape = steps_shape(batch.xs)
     mask: Any = np.ones(shape, bool) if batch.mask is None else checks.to_numpy(batch.mask)
     for name in ("xs", "targets", "weights", "drive"):
@@ -75,12 +79,25 @@ def check_values(
         else:
             valid = per_step(mask, values)
             _check_numbers(name, values, valid, " where the mask is True")
+            if network is not None and name != "weights":
+                dtype = wide if name == "targets" else network.W_h.dtype
+                _check_fits(name, values, valid, dtype)
     if batch.weights is not None:
-        weights = checks.to_numpy(batch.weights)
-        negative = np.argwhere((weights.astype(float) < 0) & mask)
-        if len(negative):
-            first = tuple(int(i) for i in negative[0])
-            raise ValueError(f"weights: expected none below 0, got {weights[first]} at {first}")
+        _check_weights(checks.to_numpy(batch.weights), mask, wide)
+
+
+def _check_weights(weights: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> None:
+    """None is below 0, and dtype holds their sum, by which the mean divides."""
+    weights = np.where(mask, weights, 0).astype(float)
+    negative = np.argwhere(weights < 0)
+    if len(negative):
+        first = tuple(int(i) for i in negative[0])
+        raise ValueError(f"weights: expected none below 0, got {weights[first]} at {first}")
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+        held = total.astype(dtype)
+    if not np.isfinite(held) or (held == 0 and total > 0):
+        raise ValueError(f"weights: expected a sum that fits {dtype}, got {total}")
 
 
 def _check_derivative(activation: Activation) -> None:
@@ -121,6 +138,18 @@ def _check_finite(name: str, values: np.ndarray, valid: Any, where: str) -> None
         raise ValueError(
             f"{name}: expected finite numbers{where}, got {values[first]} at {first}; "
             f"{len(wrong)} of {values.size} are not finite"
+        )
+
+
+def _check_fits(name: str, values: np.ndarray, valid: Any, dtype: np.dtype) -> None:
+    """The passes convert each value to this dtype, which depends on the parameters'."""
+    with np.errstate(over="ignore"):
+        wrong = np.argwhere(~np.isfinite(values.astype(dtype).astype(float)) & valid)
+    if len(wrong):
+        first = tuple(int(i) for i in wrong[0])
+        raise ValueError(
+            f"{name}: expected numbers that fit {dtype}, which follows from the parameters, got "
+            f"{values[first]} at {first}; {len(wrong)} of {values.size} do not fit"
         )
 
 

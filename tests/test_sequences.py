@@ -224,3 +224,9 @@ def test_buckets_reject_an_invalid_share():
     for padding in (1, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"padding: expected a share in \[0, 1\), got"):
             jaxrnn.buckets([1, 2], padding=padding)
+
+
+@pytest.mark.parametrize("lengths", [[2.5, 1.0], [3, -1], [[1, 2]], 3, [True, False], ["2"]])
+def test_buckets_reject_what_is_no_list_of_lengths(lengths):
+    with pytest.raises(ValueError, match=r"^lengths: expected integers of at least 0, got"):
+        jaxrnn.buckets(lengths)

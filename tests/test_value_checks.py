@@ -10,6 +10,7 @@ from jaxrnn import Activation, Batch
 from tests.test_checks import BATCH, LABELS, NAN, PARAMS, XS, B, H, O, T, numpy_xs, zeros
 
 EYE = np.eye(4, dtype=int)
+HALF = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
 
 
 def check_values(**fields):
@@ -96,6 +97,21 @@ WRONG = {
         check_values(weights=zeros(T, B).at[2, 3].set(-1)),
         ValueError, r"weights: expected none below 0, got -1.0 at \(2, 3\)",
     ),
+    "weights whose sum is infinite": (
+        check_values(weights=zeros(T, B) + 2e37),
+        ValueError, r"weights: expected a sum that fits float32, got 5\.\d*e\+38",
+    ),
+    "xs beyond float16": (
+        lambda: jaxrnn.check_values(HALF, BATCH._replace(xs=XS.at[2, 1, 0].set(-7e4))),
+        ValueError, r"xs: .*fit float16, which follows .*, got -70000.0 at \(2, 1, 0\); 1 of 84",
+    ),
+    "drive beyond float16": (
+        lambda: jaxrnn.check_values(HALF, BATCH._replace(drive=zeros(T, B, H) + 7e4)),
+        ValueError, r"drive: .*float16.* 140 of 140 do not fit",
+    ),
+    "h_0 beyond float16": (
+        lambda: jaxrnn.check_values(HALF, BATCH, zeros(B, H) + 7e4), ValueError, r"h_0: .*float16"
+    ),
     "one-hot rows as integers": (
         lambda: jaxrnn.check_values(jaxrnn.init(jax.random.key(0), 4, H, 4), Batch(EYE, EYE)),
         UserWarning, r"xs: integers of shape \(4, 4\) are tokens, .* Convert features with",
@@ -121,6 +137,25 @@ def test_values_that_the_mask_excludes_are_not_checked():
     mask = jnp.ones((T, B), bool).at[2, 1].set(False)
     bad = Batch(NAN, LABELS.at[2, 1].set(99), mask=mask, weights=jnp.where(mask, 1.0, jnp.nan))
     jaxrnn.check_values(PARAMS, bad)
+
+
+def test_targets_and_weights_beyond_float16_are_used_in_float32():
+    batch = BATCH._replace(targets=zeros(T, B, O) + 7e4, weights=zeros(T, B) + 7e4)
+    jaxrnn.check_values(HALF, batch)
+
+
+def test_the_sum_of_weights_leaves_out_what_the_mask_excludes():
+    mask = jnp.zeros((T, B), bool).at[0, 0].set(True)
+    jaxrnn.check_values(PARAMS, BATCH._replace(weights=zeros(T, B) + 1e38, mask=mask))
+
+
+@pytest.mark.parametrize("weight", [1e300, 1e-60])
+def test_weights_of_float64_fit_the_dtype_of_the_loss(weight):
+    with jax.enable_x64(True):
+        batch = BATCH._replace(weights=jnp.full((T, B), weight))
+        with pytest.raises(ValueError, match=r"^weights: expected a sum that fits float32, got"):
+            jaxrnn.check_values(PARAMS, batch)
+        jaxrnn.check_values(jax.tree.map(lambda leaf: leaf.astype(float), PARAMS), batch)
 
 
 def test_a_warning_names_the_line_that_called():
