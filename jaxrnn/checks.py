@@ -96,11 +96,10 @@ def check_size(name: str, size: Any, minimum: int = 1) -> None:
 
 def check_key(name: str, key: Any) -> None:
     """Raises TypeError unless key is one key from `jax.random.key`."""
-    check_array(name, key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
-        raise TypeError(
-            f"{name}: expected one key from jax.random.key, got {key.dtype} of shape {key.shape}"
-        )
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape != ():
+        got = repr(key) if dtype is None else f"{dtype} of shape {key.shape}"
+        raise TypeError(f"{name}: expected one key from jax.random.key, got {got}")
 
 
 def check_range(name: str, values: np.ndarray, valid: Any, size: int, meaning: str) -> None:

@@ -32,7 +32,7 @@ from jaxrnn.recurrence import initial_state
 from jaxrnn.sharding import full_as, match_varying_axes
 
 Product: TypeAlias = Callable[..., Params]
-"""v -> G v; with structural=c, G v and c times the Gauss-Newton product of the hidden states."""
+"""v -> G v; with structural=c, G v + c S v."""
 
 
 def check_direction(v: Any, params: Params) -> None:
@@ -59,9 +59,9 @@ def gauss_newton(
 ) -> Product:
     """The function v -> G v, for many products at the same parameters, as conjugate gradients take.
 
-    The forward pass is computed here, once. Call it and the products under the same `jit`. Products
-    are symmetric in the sense u^T (G v) = v^T (G u), and v^T G v >= 0 if the loss is convex in y,
-    as that of every matched pair is.
+    The forward pass is computed here, once. Call it and the products under the same `jit`. G is
+    symmetric, and positive semidefinite if the loss is convex in y, as that of every matched pair
+    is.
 
     Args:
       params: Params.
@@ -158,7 +158,9 @@ def _product(
     return Gv
 
 
-def damped(product: Product, damping: ArrayLike, structural: ArrayLike | None = None) -> Product:
+def damped(
+    product: Product, damping: ArrayLike, structural: ArrayLike | None = None
+) -> Callable[[Params], Params]:
     """The product with the damped matrix, which conjugate gradients invert.
 
         v -> G v + lambda v                     Levenberg-Marquardt (Martens 2010)

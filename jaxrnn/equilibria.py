@@ -24,7 +24,7 @@ from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
 from jaxrnn.recurrence import leaky
-from jaxrnn.sharding import match_varying_axes
+from jaxrnn.sharding import match_varying_axes, shard_rows
 
 STEP_SIZES = 0.5 ** np.arange(10)
 """Multiples of a step that are tried, the largest first."""
@@ -59,7 +59,7 @@ def fixed_points(
     steps: int = 100,
     tolerance: float = 1e-12,
 ) -> FixedPoints:
-    """Searches a fixed point of the network from each of many states, by Newton's method.
+    """Searches for a fixed point of the network from each of many states, by Newton's method.
 
         r = h - F(h, x)        q = |r|^2 / 2        A = dr/dh = I - dF/dh        dq/dh = A^T r
 
@@ -76,8 +76,9 @@ def fixed_points(
     det(I - dF/dh) at all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some
     are missing. A leak does not move the fixed points, but changes their Jacobians and speeds.
 
-    Networks or starts that are split over devices need `jax.shard_map`: under plain `jit` all
-    devices wait for one another after each step, in which XLA on a CPU can block for ever.
+    Starts that are split by explicit sharding are searched on their own devices. Those split by
+    automatic sharding need `jax.shard_map`: under plain `jit` all devices wait for one another
+    after each step, in which XLA on a CPU can block for ever.
 
     Args:
       params: Params in float32 or float64. In float32, speeds end at about 1e-14 H.
@@ -109,16 +110,20 @@ def fixed_points(
     check_leak(leak, params)
     _check_starts(params, h, x)
     checks.check_size("steps", steps)
-    _check_tolerance("tolerance", tolerance)
+    _check_tolerance(tolerance)
     tolerance = float(tolerance)  # a number of NumPy is not cast to the dtype of the speed
     h = h.astype(params.W_h.dtype)
     z_x = jnp.broadcast_to(input_zs(params, x), h.shape)
-    leak = as_leak(params, leak)
-    search = partial(_search, activation, params.W_h, leak, steps=steps, tolerance=tolerance)
-    h = jax.vmap(search)(h, z_x)
-    speed = _speed(_residual(activation, params.W_h, leak, z_x, h))
-    J = state_jacobian(activation, params.W_h, z_x, h, leak)
-    return FixedPoints(h, speed, J, speed <= tolerance)
+
+    def search_all(network: Any, starts: Any) -> FixedPoints:
+        (W_h, leak), (h, z_x) = network, starts
+        search = partial(_search, activation, W_h, leak, steps=steps, tolerance=tolerance)
+        h = jax.vmap(search)(h, z_x)
+        speed = _speed(_residual(activation, W_h, leak, z_x, h))
+        J = state_jacobian(activation, W_h, z_x, h, leak)
+        return FixedPoints(h, speed, J, speed <= tolerance)
+
+    return shard_rows(search_all, (params.W_h, as_leak(params, leak)), (h, z_x))
 
 
 def _residual(
@@ -207,14 +212,13 @@ def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
         raise ValueError(
             f"points.h: expected shape (N, H), the points of one network, got {points.h.shape}"
         )
-    _check_tolerance("tolerance", tolerance)
-    h, speed, converged = (np.asarray(points.h), np.asarray(points.speed), points.converged)
-    left = np.flatnonzero(np.asarray(converged))
+    _check_tolerance(tolerance)
+    h, speed = np.asarray(points.h), np.asarray(points.speed)
+    left = np.flatnonzero(np.asarray(points.converged))
     if not left.size:
         lowest = f"none of {len(h)}, with a lowest speed of {speed.min(initial=math.inf):.1e}"
         warnings.warn(f"points: expected one that converged, got {lowest}", stacklevel=2)
-    left = left[np.argsort(speed[left], kind="stable")]
-    kept = []
+    left, kept = left[np.argsort(speed[left], kind="stable")], []
     while left.size:
         kept.append(left[0])
         left = left[np.linalg.norm(h[left] - h[left[0]], axis=-1) > tolerance]
@@ -228,7 +232,7 @@ class Stability(NamedTuple):
     Attributes:
       eigenvalues: of the Jacobians, (*batch, H) complex, the largest modulus first.
       unstable_dim: (*batch) int, the number of directions in which perturbations grow: eigenvalues
-        outside the unit circle. With k of them, and fewer than H, the point is a saddle of index k.
+        outside the unit circle. A point with k of them, 0 < k < H, is a saddle of index k.
       marginal: (*batch) bool, an eigenvalue is on the unit circle, where the linear model does not
         decide, as at the points of a line attractor.
       stable: (*batch) bool, all eigenvalues are inside the unit circle: perturbations die out.
@@ -273,8 +277,8 @@ def stability(jacobian: ArrayLike, margin: float = 1e-6) -> Stability:
     modulus = np.abs(eigenvalues)
     unstable_dim = (modulus > 1 + margin).sum(axis=-1)
     marginal = (np.abs(modulus - 1) <= margin).any(axis=-1)
-    stable = np.asarray((modulus < 1 - margin).all(axis=-1))
-    return Stability(eigenvalues, unstable_dim, marginal, stable)
+    stable = (modulus < 1 - margin).all(axis=-1)
+    return Stability(eigenvalues, *map(np.asarray, (unstable_dim, marginal, stable)))
 
 
 def _check_starts(params: Params, h: Any, x: Any) -> None:
@@ -284,15 +288,13 @@ def _check_starts(params: Params, h: Any, x: Any) -> None:
     H = params.W_h.shape[0]
     if h.ndim != 2 or h.shape[1] != H:
         raise ValueError(f"h: expected shape (N, {H}), H of W_h, got {h.shape}")
-    if steps_shape(x) not in ((), (len(h),)):
-        given = "tokens" if checks.is_integer(x) else "inputs"
-        raise ValueError(
-            f"x: expected one input, or N = {len(h)} {given} as h has, got shape {x.shape}"
-        )
+    if steps_shape(x) not in ((), h.shape[:1]):
+        given = f"N = {h.shape[0]} {'tokens' if checks.is_integer(x) else 'inputs'}"
+        raise ValueError(f"x: expected one input, or {given} as h has, got shape {x.shape}")
 
 
-def _check_tolerance(name: str, tolerance: Any) -> None:
+def _check_tolerance(tolerance: Any) -> None:
     """Raises TypeError or ValueError unless the tolerance is a finite number above 0."""
-    checks.check_number(name, tolerance)
+    checks.check_number("tolerance", tolerance)
     if not 0 < tolerance < math.inf:
-        raise ValueError(f"{name}: expected above 0 and finite, got {tolerance}")
+        raise ValueError(f"tolerance: expected above 0 and finite, got {tolerance}")

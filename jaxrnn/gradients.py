@@ -62,6 +62,26 @@ def _shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.shape, tree)
 
 
+def value_fn(
+    gradient_fn: Callable[[PyTree], tuple[tuple[Array, PyTree], PyTree]],
+) -> Callable[[PyTree], Array]:
+    """The loss as a function of params, with gradient_fn as its derivative, for line searches."""
+
+    @jax.custom_vjp
+    def value(params: PyTree) -> Array:
+        return gradient_fn(params)[0][0]
+
+    def forward(params: PyTree) -> tuple[Array, PyTree]:
+        (value, _), grads = gradient_fn(params)
+        return value, grads
+
+    def backward(grads: PyTree, d_value: Array) -> tuple[PyTree]:
+        return (jax.tree.map(lambda d: d_value.astype(d.dtype) * d, grads),)
+
+    value.defvjp(forward, backward)
+    return value
+
+
 def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree]) -> GradientFn:
     """The gradient with respect to theta, where params = to_params(theta).
 

@@ -131,7 +131,7 @@ def _rank_one_advance(
 ) -> RankOne:
     """Two outer products, and a sum of rank one whose mean over signs nu they are:
 
-    E (a + nu) (b + nu^T D)^T = a b^T + D        since E nu = 0 and E nu nu^T = 1
+    E (a + nu) (b + nu^T D) = a b + D        since E nu = 0 and E nu nu^T = I
     """
     signs = jax.random.rademacher(key, f_prime.shape, f_prime.dtype)
     past = balance(RankOne(carried(leak, J.h, f_prime * (J.h @ W_h.T)), J.theta))

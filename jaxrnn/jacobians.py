@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, tanh
-from jaxrnn.batches import check_input, check_sequence, check_state, steps_shape
+from jaxrnn.batches import check_drive, check_input, check_sequence, check_state, steps_shape
 from jaxrnn.forward import hidden_states
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
@@ -26,10 +26,11 @@ def jacobian(
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
+    drive: Array | None = None,
 ) -> Array:
-    """The derivative of the next state by the state, dF/dh at any states h.
+    """The derivative of the next state F(h, x) with respect to the state, dF/dh at any states h.
 
-        J = diag(1 - alpha) + diag(alpha f'(z)) W_h        z = W_x x + W_h h + b_h
+        J = diag(1 - alpha) + diag(alpha f'(z)) W_h        z = W_x x + W_h h + b_h + drive
 
     Autodiff takes f' at z, so any elementwise f will do. The Jacobians along a trajectory, one for
     each step, are `jacobian(params, jnp.concatenate([h_0[None], hs[:-1]]), xs)`.
@@ -40,6 +41,7 @@ def jacobian(
       x: (*batch, I), or integer tokens (*batch,).
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
+      drive: (*batch, H), or None.
 
     Returns:
       (*batch, H, H), in the parameters' dtype; row i is the derivative of unit i of the next state.
@@ -58,8 +60,10 @@ def jacobian(
     check_leak(leak, params)
     check_input("x", params, x, "*batch")
     check_state("h", params, h, steps_shape(x))
+    check_drive(params, drive, steps_shape(x), "*batch as in x")
     h = h.astype(params.W_h.dtype)
-    return state_jacobian(activation, params.W_h, input_zs(params, x), h, as_leak(params, leak))
+    z_x = input_zs(params, x, drive)
+    return state_jacobian(activation, params.W_h, z_x, h, as_leak(params, leak))
 
 
 def state_jacobian(
@@ -76,7 +80,7 @@ def state_jacobian(
 
 
 def check_factorised_dtype(params: Params) -> None:
-    """Raises TypeError unless LAPACK, which JAX calls, has the dtype of the parameters."""
+    """Raises TypeError unless the parameters are float32 or float64, as factorisations need."""
     if params.W_h.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"params: expected float32 or float64, got {params.W_h.dtype}")
 

@@ -137,7 +137,7 @@ def mean_loss(ys: Array, batch: Batch, loss: Loss = cross_entropy) -> Array:
 
     Args:
       ys: (T, *batch, O), the outputs before g; not read where the mask is False.
-      batch: Batch, of which xs are read for their shape alone.
+      batch: Batch, of which xs are read for their shape and dtype alone.
       loss: g and its loss.
 
     Returns:

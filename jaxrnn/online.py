@@ -7,8 +7,6 @@ grow with T, and the parameters may change while a stream runs. `rtrl` carries J
 its diagonal, `uoro` a random matrix of rank one; see influence.py.
 """
 
-from typing import Any
-
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -35,9 +33,11 @@ def sequence_gradient(
     """The gradient over a whole sequence: a stream that starts at h_0."""
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
     h_0 = initial_state(params, batch.xs, h_0)
-    keywords: dict[str, Any] = {"activation": activation, "leak": leak, "loss": loss, "key": key}
     start = start_stream(params, h_0, influence)
-    (value, stream), grads = stream_gradient(params, batch, start, influence=influence, **keywords)
+    (value, stream), grads = stream_gradient(
+        params, batch, start, influence=influence, key=key,
+        activation=activation, leak=leak, loss=loss,
+    )  # fmt: skip
     return (value, stream.h), grads
 
 
@@ -59,8 +59,8 @@ def rtrl(
     N = I + H + 1: O(B H^2 N) memory, whatever T is, and O(T B H^3 N) time, where `bptt` takes
     O(T B H) memory and O(T B H N) time. With many tokens, I is large.
 
-    Args and errors are those of `bptt`, without `checkpoint_every`. To update the parameters while
-    a stream runs, use `streams.stream_gradient`.
+    Args and errors are those of `bptt`, without `checkpoint_every` and `loop`. To update the
+    parameters while a stream runs, use `streams.stream_gradient`.
 
     Returns:
       (L, h_T), grads, as `bptt`.
@@ -122,9 +122,10 @@ def uoro(
         b_t = b_{t-1} / rho_t + nu_t^T D_t / sigma_t  D_t = alpha f'(z_t) * dz_t / dtheta
         dtheta = sum_t (dh_t^T a_t) b_t
 
-    With random signs nu_t, a_t b_t^T is J_t in the mean; rho_t and sigma_t, which give both factors
-    of a product the same norm, keep its variance small. The variance of the gradient grows with
-    the number of units and of steps. O(B H N) memory and O(T B H N) time, as a forward pass.
+    With random signs nu_t, a_t b_t, a column times a row, is J_t in the mean; rho_t and sigma_t,
+    which give both factors of a product the same norm, keep its variance small. The variance of the
+    gradient grows with the number of units and of steps. O(B H N) memory and O(T B H N) time, as a
+    forward pass.
 
     The other arguments and the errors are those of `rtrl`.
 

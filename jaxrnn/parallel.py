@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, divide_by_count, step_weights, steps_shape
 from jaxrnn.gradients import GradientFn, call_gradient, value_dtype
 from jaxrnn.sharding import match_varying_axes
@@ -34,9 +35,9 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
       over the devices. A `key` is folded with the index of each device.
 
     Raises:
-      TypeError: when called, if the batch is not a Batch, or gradient_fn does not return
-        ((value, h_T), grads).
-      ValueError: when called, if the first batch axis is not a multiple of the number of devices.
+      TypeError: gradient_fn is not a function, or mesh not a Mesh; when called, if the batch is not
+        a Batch, or gradient_fn does not return ((value, h_T), grads).
+      ValueError: when called, if the first batch axis is not a multiple of the first mesh axis.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
@@ -46,6 +47,9 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
     >>> bool(jnp.allclose(value, jaxrnn.sequence_loss(params, batch)[0]))
     True
     """
+    checks.check_function("gradient_fn", gradient_fn)
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh: expected a Mesh, got {mesh!r}")
     axis = mesh.axis_names[0]
 
     def shard_gradient(params: Any, batch: Batch, h_0: Any, key: Array | None) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, steps_shape
+from jaxrnn.batches import Batch, check_is_batch, steps_shape
 from jaxrnn.sharding import gathered
 
 
@@ -54,19 +54,20 @@ def windows(batch: Batch, length: int) -> Iterator[Batch]:
       batch: Batch.
       length: the steps of a window, at least 1.
 
-    Yields:
-      Batch: steps [k * length, (k + 1) * length) for k = 0, 1, ...
+    Returns:
+      An iterator over Batches: steps [k * length, (k + 1) * length) for k = 0, 1, ...
 
     Raises:
-      TypeError, ValueError: length is not an integer of at least 1.
+      TypeError, ValueError: batch is not a Batch, or length not an integer of at least 1.
 
     >>> stream = Batch(xs=jnp.arange(5), targets=jnp.arange(1, 6))
     >>> [window.xs.tolist() for window in windows(stream, 2)]
     [[0, 1], [2, 3], [4]]
     """
+    check_is_batch(batch)
     checks.check_size("length", length)
-    for start in range(0, batch.xs.shape[0], length):
-        yield jax.tree.map(lambda leaf, at=start: leaf[at : at + length], batch)
+    starts = range(0, batch.xs.shape[0], length)
+    return (jax.tree.map(lambda leaf, at=at: leaf[at : at + length], batch) for at in starts)
 
 
 def _check_same_fields(sequences: Sequence[Batch]) -> None:
@@ -88,6 +89,10 @@ def _check_same_fields(sequences: Sequence[Batch]) -> None:
                         f"{field}: expected as many steps as xs {sequence.xs.shape} has, got shape "
                         f"{leaf.shape}"
                     )
+            if name == "mask" and leaf is not None:
+                if leaf.dtype != np.bool_:
+                    raise TypeError(f"{field}: expected bool, got {leaf.dtype}")
+                checks.check_shape(field, leaf, steps_shape(sequence.xs), "T, *batch as in xs")
             if name != "mask" and kind(leaf) != kind(first):
                 raise ValueError(
                     f"{field}: expected {kind(first)} after the first axis as in sequences[0], got "

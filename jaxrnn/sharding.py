@@ -66,11 +66,42 @@ def match_varying_axes(tree: Tree, like: Array) -> Tree:
     The carry of a scan must vary from the start as it does after the first step. The result of a
     `where` varies as its arguments do, in every version of JAX; XLA removes it.
     """
-    unread = lax.stop_gradient(like).sum()
+    unread = jnp.where(False, lax.stop_gradient(like), jnp.zeros((), like.dtype)).sum()
     marked: Tree = jax.tree.map(
         lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree
     )
     return marked
+
+
+def shard_rows(function: Callable[[Any, Any], Tree], shared: Any, rows: Any) -> Tree:
+    """function(shared, rows), where the rows, indices of the first axis, are independent.
+
+    If mesh axes are explicit, each device computes its own rows, split as the first array is.
+    """
+    first = jax.tree.leaves(rows)[0]
+    sharding = explicit_sharding(first)
+    if sharding is None or parts(first, 0) == 1:
+        return function(shared, rows)
+    spec = P(sharding.spec[0])
+    split = NamedSharding(sharding.mesh, spec)
+    shared = jax.tree.map(gathered, shared)
+    rows = jax.tree.map(lambda x: jax.sharding.reshard(split_as(first, x), split), rows)
+    mapped = jax.shard_map(
+        function,
+        mesh=sharding.mesh,
+        in_specs=(P(), spec),
+        out_specs=spec,
+        axis_names=set(explicit_axes(sharding)),
+    )
+    result: Tree = mapped(shared, rows)
+    return result
+
+
+def explicit_axes(sharding: NamedSharding) -> tuple[Any, ...]:
+    """The explicit axes of a mesh; others may be those of a `shard_map` around."""
+    mesh = sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
 
 
 def split_automatically(function: Callable[..., Tree], out: Any) -> Callable[..., Tree]:
@@ -81,15 +112,9 @@ def split_automatically(function: Callable[..., Tree], out: Any) -> Callable[...
     found = [s for s in map(explicit_sharding, jax.tree.leaves(out)) if s is not None]
     if not found:
         return function
-    mesh = found[0].mesh
-    axes = tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit  # others may be those of a `shard_map` around
-    )
-    whole = NamedSharding(mesh, P())
+    whole = NamedSharding(found[0].mesh, P())
     shardings = jax.tree.map(lambda leaf: explicit_sharding(leaf) or whole, out)
     automatic: Callable[..., Tree] = jax.sharding.auto_axes(
-        function, axes=axes, out_sharding=shardings
+        function, axes=explicit_axes(found[0]), out_sharding=shardings
     )
     return automatic

@@ -145,7 +145,7 @@ def stream_gradient(
     keys = None
     if influence.random:
         checks.check_key("key", key)
-        keys = jax.random.split(jnp.asarray(key), len(weights))
+        keys = jax.random.split(jnp.asarray(key), weights.shape[0])
 
     def body(carry: Any, inputs: Any) -> tuple[Any, None]:
         stream, sums = carry

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, step_weights
-from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
+from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype, value_fn
 from jaxrnn.sharding import split_as
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree, PyTree], PyTree]
@@ -98,8 +98,9 @@ class Diverged(ArithmeticError):
         if not all(math.isfinite(norm) for norm in self.gradient_norms[-self.skipped :]):
             return message
         return (
-            f"{message}. The gradients are finite: with float16 parameters the optimiser may "
-            "divide by 0, because eps=1e-8 is 0 there; try optax.adam(..., eps=1e-4)"
+            f"{message}. The gradients are finite: with parameters of 16 bits the optimiser may "
+            "divide by 0. In float16 eps=1e-8 is 0: try optax.adam(..., eps=1e-4). In bfloat16 an "
+            "injected b2=0.999 is 1: inject hyperparameters in float32"
         )
 
 
@@ -188,24 +189,21 @@ def _all_finite(tree: PyTree) -> Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _value_fn(
-    gradient_fn: Callable[[PyTree], tuple[tuple[Array, PyTree], PyTree]],
-) -> Callable[[PyTree], Array]:
-    """The loss as a function of params, with gradient_fn as its derivative, for line searches."""
+def _in_range(after: PyTree, before: PyTree) -> Array:
+    """No number of a float16 state, such as a mean of squares, has left the range of float16."""
+    pairs = zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+    stay = [
+        (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+        for new, old in pairs
+        if jnp.asarray(old).dtype == jnp.float16
+    ]
+    return jnp.stack([jnp.bool_(True), *stay]).all()
 
-    @jax.custom_vjp
-    def value(params: PyTree) -> Array:
-        return gradient_fn(params)[0][0]
 
-    def forward(params: PyTree) -> tuple[Array, PyTree]:
-        (value, _), grads = gradient_fn(params)
-        return value, grads
-
-    def backward(grads: PyTree, d_value: Array) -> tuple[PyTree]:
-        return (jax.tree.map(lambda d: d_value.astype(d.dtype) * d, grads),)
-
-    value.defvjp(forward, backward)
-    return value
+def _select(condition: Array, new: Array, old: Array) -> Array:
+    """new or old, in the dtype of the old: some optimisers widen their state."""
+    new, old = jnp.asarray(new), jnp.asarray(old)
+    return jnp.where(condition, new if new.dtype == old.dtype else new.astype(old.dtype), old)
 
 
 def make_update(
@@ -218,10 +216,10 @@ def make_update(
     A hidden state in the TrainState is carried from batch to batch. No gradient flows across
     (truncated backpropagation through time; Williams and Peng 1990).
 
-    If the loss, the norm of the gradient, the new parameters or a carried h_T are not finite, the
-    update is skipped: parameters, optimiser state and h stay as they are, bit for bit, and
-    `skipped` counts the consecutive skips. There is no host synchronisation: poll `skipped` when
-    convenient.
+    If the loss, the norm of the gradient, the new parameters or a carried h_T are not finite, or
+    float16 cannot hold the optimiser's state, the update is skipped: parameters, optimiser state
+    and h stay as they are, bit for bit, and `skipped` counts the consecutive skips. There is no
+    host synchronisation: poll `skipped` when convenient.
 
     Args:
       gradient_fn: (params, batch, h) -> ((value, h_T), grads) for any pytree of parameters: `bptt`,
@@ -265,14 +263,14 @@ def make_update(
         (value, h_T), grads = gradient(state.params)
         dtype = value_dtype(state.params)
         norm = optax.tree.norm(jax.tree.map(lambda d: d.astype(dtype), grads))
-        extra = {"value": value, "grad": grads, "value_fn": _value_fn(gradient)}
+        extra = {"value": value, "grad": grads, "value_fn": value_fn(gradient)}
         params, opt_state = _apply(optimizer, state.params, grads, state.opt_state, **extra)
         h = None if state.h is None else lax.stop_gradient(h_T)
         h = jax.tree.map(lambda new, old: split_as(old, new.astype(old.dtype)), h, state.h)
 
-        finite = _all_finite((value, norm, params, h))
+        finite = _all_finite((value, norm, params, h)) & _in_range(opt_state, state.opt_state)
         before, after = (state.params, state.opt_state, state.h), (params, opt_state, h)
-        params, opt_state, h = jax.tree.map(partial(jnp.where, finite), after, before)
+        params, opt_state, h = jax.tree.map(partial(_select, finite), after, before)
         skipped = jnp.where(finite, 0, state.skipped + 1)
         metrics = Metrics(value, norm, step_weights(batch, dtype).sum(), skipped)
         return TrainState(state.step + 1, params, opt_state, h, skipped, state.key), metrics

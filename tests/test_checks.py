@@ -82,7 +82,7 @@ WRONG = {
     "size of bool": (init(sizes=(True, H, O)), TypeError, r"input_size: .*integer, got True"),
     "size of text": (init(sizes=(I, "5", O)), TypeError, r"hidden_size: .*integer, got '5'"),
     "integer dtype": (init(dtype=jnp.int32), TypeError, r"dtype: .*floating-point.*got int32"),
-    "seed for key": (init(key=0), TypeError, r"key: expected an array, got int"),
+    "seed for key": (init(key=0), TypeError, r"key: expected one key from jax.random.key, got 0"),
     "raw key": (init(key=jax.random.PRNGKey(0)), TypeError, r"key: .*jax.random.key, got uint32"),
     "many keys": (init(key=jax.random.split(KEY)), TypeError, r"key: expected one.*\(2,\)"),
     "W_h_init of another shape": (
@@ -216,7 +216,7 @@ WRONG = {
     "fit, float64": (fit(train=Batch(numpy_xs(1e39), LABELS)), ValueError, r"xs: .*1e\+39.*inf"),
     "fit, max_skipped": (fit(max_skipped=0), ValueError, r"max_skipped: .*at least 1, got 0"),
     "fit, resume": (fit(resume=PARAMS), TypeError, r"resume: expected a Fit or None, got Params"),
-    "fit, seed for key": (fit(key=0), TypeError, r"key: expected an array, got int"),
+    "fit, seed for key": (fit(key=0), TypeError, r"key: expected one key from .*key, got 0"),
     "fit, no epochs": (fit(max_epochs=0), ValueError, r"max_epochs: expected at least 1, got 0"),
     "fit, patience 0": (fit(patience=0), ValueError, r"patience: expected at least 1, got 0"),
     "fit, batch_size 0": (fit(batch_size=0), ValueError, r"batch_size: expected at least 1"),

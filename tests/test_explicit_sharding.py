@@ -173,6 +173,30 @@ def test_an_activation_may_close_over_arrays_on_an_explicit_mesh(name):
     assert max(relative_errors(result(*whole, split), result(0.7, params, batch))) <= 1e-5
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("one_input", default_and_thorough([True], [True, False]))
+@pytest.mark.parametrize("sets_mesh", default_and_thorough([False], [False, True]))
+@pytest.mark.parametrize("compile", default_and_thorough([jax.jit], [jax.jit, lambda f: f]))
+def test_starts_split_by_explicit_sharding_are_searched_on_their_devices(
+    one_input, sets_mesh, compile
+):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
+    params = params._replace(W_h=2 * params.W_h)
+    h, x = jax.random.normal(jax.random.key(1), (8, 5)), jnp.ones(3 if one_input else (8, 3))
+    leak = jnp.full(5, 0.5)
+    search = compile(lambda p, h, x, leak: jaxrnn.fixed_points(p, h, x, leak=leak))
+    expected = search(params, h, x, leak)
+    mesh = jax.make_mesh((8,), ("starts",), axis_types=(AxisType.Explicit,))
+    whole = jax.device_put((params, leak), NamedSharding(mesh, P()))
+    split = jax.device_put(h, NamedSharding(mesh, P("starts")))
+    with jax.set_mesh(mesh) if sets_mesh else nullcontext():
+        got = search(whole[0], split, x, whole[1])
+    assert jax.typeof(got.h).sharding.spec[0] == "starts"
+    np.testing.assert_array_equal(got.converged, expected.converged)
+    np.testing.assert_allclose(got.h, expected.h, atol=1e-9)
+    np.testing.assert_allclose(got.jacobian, expected.jacobian, atol=1e-9)
+
+
 def test_unpad_takes_arrays_split_by_explicit_sharding():
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
     ys = jnp.arange(24.0).reshape(3, 8)

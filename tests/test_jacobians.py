@@ -36,6 +36,9 @@ def test_the_jacobian_is_the_derivative_of_a_step_by_autodiff(activation, leak):
     tokens = jacobian(params, h, jnp.ones((3, 5), int), activation=f, leak=leak)
     one_hot = jacobian(params, h, jnp.ones((3, 5, 1)) * np.eye(2)[1], activation=f, leak=leak)
     np.testing.assert_allclose(tokens, one_hot, atol=1e-15)
+    driven = jacobian(params, h, x, activation=f, leak=leak, drive=jnp.ones((3, 5, 4)) / 2)
+    shifted = jacobian(params._replace(b_h=params.b_h + 0.5), h, x, activation=f, leak=leak)
+    np.testing.assert_allclose(driven, shifted, atol=1e-15)
 
 
 @pytest.mark.usefixtures("x64")

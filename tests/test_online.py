@@ -220,7 +220,7 @@ def test_errors_name_the_stream_and_the_key():
     with pytest.raises(ValueError, match=r"h_0: expected shape \(3,\)"):
         streams.start_stream(params, jnp.zeros(2), full)
     stream = streams.start_stream(params, jnp.zeros(3), rank_one)
-    with pytest.raises(TypeError, match="key: expected an array, got NoneType"):
+    with pytest.raises(TypeError, match=r"key: expected one key from jax.random.key, got None"):
         streams.stream_gradient(params, batch, stream, influence=rank_one)
 
 

@@ -140,6 +140,13 @@ def test_sequence_loss_inside_shard_map(mesh):
     assert max(relative_errors(got, expected)) <= AGREEMENT
 
 
+def test_what_is_no_gradient_function_or_mesh_is_named(mesh):
+    with pytest.raises(TypeError, match=r"^gradient_fn: expected a function, got None$"):
+        jaxrnn.data_parallel(None, mesh)
+    with pytest.raises(TypeError, match=r"^mesh: expected a Mesh, got \["):
+        jaxrnn.data_parallel(jaxrnn.bptt, jax.devices())
+
+
 def test_a_tuple_is_not_a_batch(mesh):
     with pytest.raises(TypeError, match="batch: expected Batch"):
         jaxrnn.data_parallel(jaxrnn.bptt, mesh)(None, (1, 2))

@@ -50,6 +50,17 @@ def test_per_example_gradients_are_those_of_each_example_alone():
     assert max(relative_errors((value, got), (values.mean(), clipped))) <= AGREEMENT
 
 
+@pytest.mark.usefixtures("x64")
+def test_a_private_gradient_leaves_out_examples_of_which_no_step_counts():
+    params, batch = network(0, 2, 4), labelled_batch()
+    weights = np.random.default_rng(0).random((6, 4)) * [1, 0, 1, 2]
+    private_gradient = jax.jit(partial(per_example.private_gradient, norm=0.01))
+    (value, _), got = private_gradient(params, batch._replace(weights=jnp.asarray(weights)))
+    expected = plain_loss(params, batch._replace(weights=jnp.asarray(weights)))[0]
+    some = jax.tree.map(lambda leaf: leaf[:, [0, 2, 3]], batch._replace(weights=weights))
+    assert max(relative_errors((value, got), (expected, private_gradient(params, some)[1]))) < 1e-12
+
+
 @pytest.mark.thorough
 @pytest.mark.usefixtures("x64")
 def test_the_noise_of_a_private_gradient_has_the_scale_of_one_clipped_example():

@@ -58,12 +58,26 @@ def test_the_gradient_of_the_time_constants_is_that_of_the_plain_scan():
 @pytest.mark.usefixtures("x64")
 def test_a_low_rank_network_is_the_network_with_its_weights():
     batch = jax.tree.map(jnp.asarray, labelled_batch())
+    mask = jnp.ones((6, 4), bool).at[0, 0].set(False).at[4:, 1].set(False)
+    reset = jnp.zeros((6, 4), bool).at[3].set(True)
+    xs = batch.xs.at[4:, 1].set(jnp.nan)
     theta = low_rank.init(jax.random.key(0), 2, 6, 2, rank=2)
     theta = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), theta)
-    (value, _), grads = jax.jit(low_rank.gradient_fn)(theta, batch)
     by_theta = jaxrnn.reparametrized(jaxrnn.bptt, low_rank.to_params)
-    (expected, _), expected_grads = jax.jit(by_theta)(theta, batch)
-    assert max(relative_errors((value, grads), (expected, expected_grads))) <= AGREEMENT
+    for case in (batch, batch._replace(xs=xs, mask=mask, reset=reset)):
+        (value, _), grads = jax.jit(low_rank.gradient_fn)(theta, case)
+        (expected, _), expected_grads = jax.jit(by_theta)(theta, case)
+        assert max(relative_errors((value, grads), (expected, expected_grads))) <= AGREEMENT
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_low_rank_network_carries_its_state_over_windows():
+    batch = jax.tree.map(jnp.asarray, labelled_batch())
+    theta = low_rank.init(jax.random.key(0), 2, 6, 2, rank=2)
+    kappa, whole = None, low_rank.unroll(theta, batch)
+    for window in jaxrnn.windows(batch, 4):
+        kappa, ys = low_rank.unroll(theta, window, kappa)
+    assert max(relative_errors((kappa, ys), (whole[0], whole[1][4:]))) <= 1e-6
 
 
 @pytest.mark.thorough

@@ -44,6 +44,13 @@ def test_windows_concatenate_to_the_stream(T, length):
         assert parts == []
 
 
+def test_windows_checks_its_arguments_when_called():
+    with pytest.raises(TypeError, match="batch: expected Batch"):
+        jaxrnn.windows((np.ones(3), np.ones(3)), 2)
+    with pytest.raises(ValueError, match="length: expected at least 1, got 0"):
+        jaxrnn.windows(Batch(np.ones(3, int), np.ones(3, int)), 0)
+
+
 @pytest.mark.usefixtures("x64")
 def test_windows_with_carried_state_have_the_loss_of_the_stream():
     params = jaxrnn.init(jax.random.key(0), 2, 4, 3, dtype=jnp.float64)
@@ -172,6 +179,14 @@ def test_a_padded_batch_has_the_outputs_of_its_sequences():
         (
             [Batch(np.ones((2, 3)), np.ones(3, int))],
             r"sequences\[0\].targets: expected as many steps as xs \(2, 3\) has, got shape \(3,\)",
+        ),
+        (
+            [Batch(*[np.ones((4, 4), int)] * 2, mask=np.ones(4, bool))],
+            r"sequences\[0\].mask: expected shape \(4, 4\) .*, got \(4,\)",
+        ),
+        (
+            [Batch(*[np.ones(4, int)] * 2, mask=np.ones(4))],
+            r"sequences\[0\].mask: expected bool, got float64",
         ),
     ],
 )

@@ -33,21 +33,26 @@ def to_params(theta):
     return jaxrnn.Params(W_h=theta["m"] @ theta["n"].T, **rest)
 
 
-def unroll(theta, xs):
-    """kappa_T (*batch, R) and ys (T, *batch, O)."""
+def unroll(theta, batch, kappa_0=None):
+    """kappa_T (*batch, R) and ys (T, *batch, O); xs are numbers."""
     m, n = theta["m"], theta["n"]
-    zs_x = xs @ theta["W_x"].T + theta["b_h"]
+    steps, R = batch.xs.shape[:-1], m.shape[1]
+    mask = jnp.ones(steps, bool) if batch.mask is None else batch.mask
+    reset = jnp.zeros(steps, bool) if batch.reset is None else batch.reset
+    kappa_0 = jnp.zeros((*steps[1:], R), m.dtype) if kappa_0 is None else kappa_0
+    zs_x = jnp.where(mask[..., None], batch.xs, 0) @ theta["W_x"].T + theta["b_h"]
 
-    def body(kappa, z_x):
-        h = jnp.tanh(z_x + kappa @ m.T)
-        return h @ n, h
+    def body(kappa, inputs):
+        z_x, valid, reset_t = inputs
+        h = jnp.tanh(z_x + jnp.where(reset_t[..., None], 0, kappa) @ m.T)
+        return jnp.where(valid[..., None], h @ n, kappa), h
 
-    kappa_T, hs = lax.scan(body, jnp.zeros((*xs.shape[1:-1], m.shape[1]), m.dtype), zs_x)
+    kappa_T, hs = lax.scan(body, kappa_0, (zs_x, mask, reset))
     return kappa_T, hs @ theta["W_y"].T + theta["b_y"]
 
 
-def loss(theta, batch, h=None):
-    kappa_T, ys = unroll(theta, batch.xs)
+def loss(theta, batch, kappa_0=None):
+    kappa_T, ys = unroll(theta, batch, kappa_0)
     return jaxrnn.mean_loss(ys, batch), kappa_T
 
 

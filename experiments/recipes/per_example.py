@@ -13,6 +13,7 @@ import optax
 
 import jaxrnn
 from jaxrnn import Batch
+from jaxrnn.batches import step_weights
 
 
 def per_example(params, batch):
@@ -22,17 +23,21 @@ def per_example(params, batch):
 
 
 def private_gradient(params, batch, h=None, *, key=None, norm=1.0, noise=0.0):
-    """The mean of the examples' gradients, each clipped to `norm`, plus Gaussian noise.
+    """The loss of the batch, and the mean of the examples' gradients, each clipped to `norm`.
 
-    The noise has the standard deviation noise * norm / N; without a key there is none.
+    The mean is over the N examples of which a step counts. Gaussian noise with the standard
+    deviation noise * norm / N is added; without a key there is none.
     """
     values, grads = per_example(params, batch)
+    counts = step_weights(batch, values.dtype).sum(axis=0)
+    N = jnp.maximum((counts > 0).sum(), 1)
     scale = norm / jnp.maximum(jax.vmap(optax.tree.norm)(grads), norm)
-    grads = jax.tree.map(lambda leaf: jnp.tensordot(scale, leaf, 1) / len(scale), grads)
+    grads = jax.tree.map(lambda leaf: jnp.tensordot(scale, leaf, 1) / N, grads)
     if key is not None:
         drawn = optax.tree.random_like(key, grads, jax.random.normal)
-        grads = jax.tree.map(lambda d, n: d + noise * norm / len(scale) * n, grads, drawn)
-    return (values.mean(), None), grads
+        grads = jax.tree.map(lambda d, n: d + noise * norm / N * n, grads, drawn)
+    value = (counts * values).sum() / jnp.where(counts.any(), counts.sum(), 1)
+    return (value, None), grads
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ def stable_init(key, input_size, order, output_size):
 
 
 def identify(key, us, ys, order, activation=jaxrnn.identity, updates=300):
-    """The Fit of a record us (T, I), ys (T, O): one update an epoch, until it is rounding."""
+    """The Fit of a record us (T, I), ys (T, O): one update an epoch, until the loss is 1e-20."""
     key_init, key_fit = jax.random.split(key)
     params = stable_init(key_init, us.shape[1], order, ys.shape[1])
     gradient_fn = partial(jaxrnn.bptt, activation=activation, loss=jaxrnn.squared_error)

@@ -27,7 +27,7 @@ gradient_fn = jax.value_and_grad(loss, has_aux=True)
 
 
 def main() -> None:
-    # Is the sum of the last forty inputs positive? Fast units forget it.
+    # Is the sum of all inputs so far positive? Fast units forget it.
     key_init, key_data, key_fit = jax.random.split(jax.random.key(0), 3)
     xs = jax.random.normal(key_data, (40, 256, 1))
     train = Batch(xs, (xs.cumsum(axis=0)[..., 0] > 0).astype(int))
