@@ -166,7 +166,7 @@ def noise(config: Config, key, xs):
 
 
 def make_gradient_fn(config: Config, kind: Kind):
-    """The gradient by theta of the mean cross-entropy; with noise if there is a key."""
+    """The gradient of the mean cross-entropy with respect to theta; noisy if there is a key."""
     options: dict = {"activation": jaxrnn.softplus, "leak": config.dt / config.tau}
 
     def gradient_fn(params, batch, h=None, *, key=None):

@@ -19,7 +19,7 @@ Shapes: T steps, zero or more batch axes, time first: xs (T, *batch, I), hs (T, 
 ys (T, *batch, O). A plural is a trajectory. A leading d is the derivative of the loss.
 """
 
-from jaxrnn import checkpoints, curvature, interop, kernels, online, serialization
+from jaxrnn import checkpoints, curvature, interop, kernels, online, serialization, streams
 from jaxrnn.activations import Activation, identity, relu, sigmoid, softplus, tanh
 from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch
@@ -98,6 +98,7 @@ __all__ = [
     "squared_error",
     "stability",
     "step",
+    "streams",
     "tanh",
     "unpad",
     "unroll",

@@ -201,7 +201,9 @@ def bptt(
       leak: alpha in (0, 1], a scalar or (H,); None is 1. It gets no gradient, as h_0.
       loss: g and its loss.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
-        forward pass, and memory proportional to T/K + K instead of T. None stores all states.
+        forward pass, and memory proportional to T/K + K instead of T. The distance is the divisor
+        of T nearest to K, between K/2 and 2 K; without one, a number near K. None stores all
+        states, as a symbolic T of `jax.export` does.
       loop: what runs the steps, such as `kernels.loop`.
 
     Returns:

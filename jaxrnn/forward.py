@@ -96,8 +96,8 @@ def hidden_states(
 
     Args:
       params: Params.
-      xs: (T, *batch, I), or integer tokens (T, *batch). Where tokens of three axes or more could be
-        features, h_0, a mask or a reset says that they are not.
+      xs: (T, *batch, I), or integer tokens (T, *batch). Integers of three axes or more may be
+        ambiguous: h_0, a mask or a reset of the tokens' shape shows that they are tokens.
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,), such as dt / tau; None is 1, and h_t = f(z_t).

@@ -21,8 +21,8 @@ GradientFn: TypeAlias = Callable[..., tuple[tuple[Array, PyTree], PyTree]]
 
 `bptt` is one, and so is `jax.value_and_grad(loss, has_aux=True)` of any function
 `loss(params, batch, h) -> (value, h_T)`. Parameters, gradient and state are any pytrees; the state
-is None if none is carried. Without a key the function is deterministic, and `fit` evaluates with
-it. It is called with a key only if `init_state` or `fit` was given one.
+is None if none is carried. Without a key the function must be deterministic: `fit` calls it so to
+evaluate. It is called with a key only if `init_state` or `fit` was given one.
 """
 
 

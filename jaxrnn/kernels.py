@@ -10,9 +10,12 @@ The scan stays where the kernel does not apply:
 
 - on another platform than CUDA, chosen when the program is compiled for it;
 - for H above 128 in float32 or 256 in bfloat16, where W_h does not fit, and for other dtypes;
-- for products that are to be more precise than TF32, XLA's default for float32;
-- for an activation other than tanh, ReLU, sigmoid and identity, or one that reads arrays;
+- if `jax_default_matmul_precision` is set to anything but "default";
+- for an activation of other operations than tanh, ReLU, sigmoid and identity, or that reads arrays;
 - for fewer than 16 steps, symbolic sizes or explicit sharding, and if JAX lacks the backend.
+
+Where the scan stays, `bptt` on a GPU still takes one block of all steps, so leave `loop` at its
+default for such networks.
 
 The kernel is written in Pallas for its Triton backend, which needs an NVIDIA GPU of compute
 capability 8.0 or later; JAX 0.11 and later warn that they will drop it. The kernel is tested in

@@ -1,7 +1,8 @@
 """The network linearised around its parameters, block by block of time.
 
 For a direction v = Params(V_x, V_h, V_y, v_h, v_y), the change of the outputs along v is linear in
-v, and so is what the reverse loop makes of it. Both read the states of the forward pass:
+v. The reverse loop of `bptt`, applied to H_L y_dot, gives G v. Here a leading d is the derivative
+of y_dot^T H_L y_dot / 2, not of the loss:
 
     z_dot_t = V_x x_t + V_h h_{t-1} + v_h + W_h h_dot_{t-1}        h_dot_t = f'(z_t) * z_dot_t
     y_dot_t = V_y h_t + v_y + W_y h_dot_t                          dy_t = H_L y_dot_t

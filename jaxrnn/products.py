@@ -46,7 +46,7 @@ def readout(params: Params, hs: Array) -> Array:
       hs: (..., H), states in the parameters' dtype.
 
     Returns:
-      (..., O).
+      (..., O), in the parameters' dtype.
 
     Raises:
       TypeError, ValueError: hs is not a floating-point array of H features.

@@ -19,7 +19,7 @@ from jaxrnn.batches import (
     step_weights,
     where_exists,
 )
-from jaxrnn.influence import Influence, augmented_input
+from jaxrnn.influence import Influence, augmented_input, diagonal, full, rank_one
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32, check_params
 from jaxrnn.products import input_zs, readout
@@ -30,6 +30,8 @@ from jaxrnn.recurrence import (
     unless_reset,
 )
 from jaxrnn.sharding import full_as, match_varying_axes
+
+__all__ = ["Stream", "diagonal", "full", "rank_one", "start_stream", "stream_gradient"]
 
 
 class Stream(NamedTuple):
@@ -101,8 +103,8 @@ def stream_gradient(
         dtheta = sum_t dh_t^T J_t        dh_t = W_y^T dy_t
 
     It reaches back over all earlier steps of the stream. If the parameters have changed since, J_t
-    is the sum of what each step did with the parameters of that time, so small rates are right. It
-    is a gradient function whose state is the stream: `make_update(partial(stream_gradient,
+    mixes the influences of earlier ones: the gradient is approximate, and accurate at small rates.
+    It is a gradient function whose state is the stream: `make_update(partial(stream_gradient,
     influence=full), optimizer)`, with `init_state(params, optimizer, stream)`, takes one update for
     each batch of a single step.
 
@@ -123,7 +125,7 @@ def stream_gradient(
       TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
 
     >>> import jax, jaxrnn
-    >>> from jaxrnn.influence import full
+    >>> from jaxrnn.streams import full
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> batch = Batch(xs=jnp.ones((100, 3)), targets=jnp.zeros(100, int))
     >>> def learn(carry, step):

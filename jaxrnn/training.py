@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       epoch: the number of the epoch, from 1.
-      train_loss: the mean loss of its minibatches, each before its update.
+      train_loss: the mean loss of its minibatches, each before its update; NaN if all were skipped.
       valid_loss: the mean loss on the held-out data after the epoch; without any, see fit.
       skipped: the number of updates skipped, see make_update.
     """
@@ -100,7 +100,7 @@ def fit(
         minibatch is filled with examples of weight 0, so `gradient_fn` must apply `batch.weights`.
       h_0: the state at the start of an epoch, carried from batch to batch; None starts each batch
         from zeros. With batches only; those of `valid` then have the same batch axes.
-      max_epochs: the largest number of epochs.
+      max_epochs: the largest number of epochs, those of `resume` included.
       patience: epochs without improvement after which training ends.
       tolerance: how much lower than the lowest loss a loss must be to count as an improvement.
       max_skipped: consecutive skipped updates after which training fails; see `make_update`.
@@ -115,6 +115,9 @@ def fit(
       TypeError, ValueError: an argument does not fit, or `check_values` rejects a batch. Batches
         are checked during the first epoch.
       Diverged: max_skipped consecutive updates were skipped.
+
+    Warns:
+      UserWarning: updates were skipped, Ctrl-C ended training, or `check_values` warns of a batch.
 
     >>> import optax, jaxrnn
     >>> key_init, key_data, key_fit = jax.random.split(jax.random.key(0), 3)

@@ -31,12 +31,12 @@ def check_values(
       activation: an Activation whose df is compared with autodiff of its f; None checks none.
 
     Raises:
-      TypeError: a mask or reset is not bool, or targets or weights are not numbers.
+      TypeError: an argument has the wrong type or dtype, such as a mask that is not bool.
       ValueError: shapes do not fit; tokens lie outside [0, I) or integer labels outside [0, O);
-        parameters, states, inputs, targets, weights or drive are not finite, or not in the dtype
-        of the parameters (targets and weights: float32 at least); a weight is negative, or the sum
-        of all does not fit; a 64-bit value does not fit 32 bits; activation.df is not the
-        derivative of f. The message names the first such place.
+        parameters, states, inputs, targets, weights or drive are not finite; states, inputs or
+        drive overflow the parameters' dtype, or targets the same or float32, whichever is wider; a
+        weight is negative, or the sum of all overflows or underflows; a 64-bit value does not fit
+        32 bits; activation.df is not the derivative of f. The message names the first such place.
 
     Warns:
       UserWarning: JAX rounds float64 values to float32; or integer xs, which are tokens, look like

@@ -161,7 +161,7 @@ KERNEL = {
 
 UPDATE = {
     "gradient ascent": ("p - jnp.asarray", "p + jnp.asarray"),
-    "a bad update is applied": ("jnp.where, finite)", "jnp.where, True)"),
+    "a bad update is applied": ("_select, finite)", "_select, True)"),
     "h_T may be NaN": ("(value, norm, params, h))", "(value, norm, params))"),
     "the value may be NaN": ("(value, norm, params, h))", "(norm, params, h))"),
     "consecutive skips not counted": ("state.skipped + 1)", "1)"),

@@ -193,8 +193,8 @@ def test_starts_split_by_explicit_sharding_are_searched_on_their_devices(
         got = search(whole[0], split, x, whole[1])
     assert jax.typeof(got.h).sharding.spec[0] == "starts"
     np.testing.assert_array_equal(got.converged, expected.converged)
-    np.testing.assert_allclose(got.h, expected.h, atol=1e-9)
-    np.testing.assert_allclose(got.jacobian, expected.jacobian, atol=1e-9)
+    np.testing.assert_allclose(got.h, expected.h, atol=1e-6)
+    np.testing.assert_allclose(got.jacobian, expected.jacobian, atol=1e-6)
 
 
 def test_unpad_takes_arrays_split_by_explicit_sharding():

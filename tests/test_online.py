@@ -252,8 +252,8 @@ FAULTS = {
                                "rademacher(key, f_prime.shape[:-1] + (1,), f_prime.dtype)"
                                " * jnp.ones_like(f_prime)"),
     "factors not balanced by inverses": ("1 / jnp.sqrt(ratio)", "jnp.sqrt(ratio)"),
-    "one key for all steps": ("jax.random.split(jnp.asarray(key), len(weights))",
-                              "jnp.broadcast_to(jnp.asarray(key), len(weights))"),
+    "one key for all steps": ("jax.random.split(jnp.asarray(key), weights.shape[0])",
+                              "jnp.broadcast_to(jnp.asarray(key), weights.shape[0])"),
     "rank one without f'": ("f_prime * (J.h @ W_h.T)", "(J.h @ W_h.T)"),
 }  # fmt: skip
 

@@ -28,6 +28,13 @@ def test_a_recipe_fits_on_a_screen(name):
     assert f"\nRun: python -m experiments.recipes.{name}" in text
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_index_has_the_first_line_of_a_recipe(name):
+    first, *_ = (RECIPES / f"{name}.py").read_text().removeprefix('"""').splitlines()
+    row = f"| [{name}](recipes/{name}.py) | {first} |"
+    assert row in (RECIPES.parent / "README.md").read_text().splitlines()
+
+
 @pytest.mark.parametrize("library", ["equinox", "flax"])
 def test_a_recipe_names_the_library_that_is_not_installed(library, monkeypatch):
     name = f"experiments.recipes.{library}_module"
