@@ -38,7 +38,7 @@ class Loss(NamedTuple):
 
 
 def check_loss(loss: Any, shape: tuple[int, ...], dtype: DTypeLike, targets: Any) -> None:
-    """Raises TypeError or ValueError unless loss is a Loss that fits ys of this shape, and targets.
+    """Raises TypeError or ValueError unless loss, as a Loss, fits ys of this shape, and targets.
 
     The loss is traced, not computed.
     """

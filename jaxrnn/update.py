@@ -99,8 +99,8 @@ class Diverged(ArithmeticError):
             return message
         return (
             f"{message}. The gradients are finite: with parameters of 16 bits the optimiser may "
-            "divide by 0. In float16 eps=1e-8 is 0: try optax.adam(..., eps=1e-4). In bfloat16 an "
-            "injected b2=0.999 is 1: inject hyperparameters in float32"
+            "divide by 0. In float16, eps=1e-8 is 0: try optax.adam(..., eps=1e-4). In bfloat16, "
+            "b2=0.999 is 1: try optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)"
         )
 
 

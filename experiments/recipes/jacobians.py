@@ -4,8 +4,8 @@
 
 Singular values of dh_T/dh_t are the factors by which perturbations grow or shrink. The largest
 Lyapunov exponent is the mean growth per step, in nats, of the direction that grows most. With gain
-2.5 it is above 0: the network is chaotic. `jaxrnn.gradient_flow` gives the gradient of a loss by
-each state.
+2.5 it is above 0: the network is chaotic. `jaxrnn.gradient_flow` gives the gradient of a loss with
+respect to each state.
 Run: python -m experiments.recipes.jacobians
 """
 
