@@ -93,7 +93,7 @@ def previous(hs: Array, h_0: Array, mask: Array | None, reset: Array | None) -> 
 def initial_state(params: Params, xs: Array, h_0: Array | None) -> Array:
     """h_0 in the parameters' dtype, zeros if None; split over devices as the inputs are."""
     shape = (*steps_shape(xs)[1:], params.W_h.shape[0])
-    unread = full_as(xs, 0)  # the values of xs may be NaN where the mask is False
+    unread = full_as(jnp.asarray(xs), 0)  # the values of xs may be NaN where the mask is False
     z_x = input_product(params, unread[0]) if xs.shape[0] else jnp.zeros(shape)
     h_0 = full_as(z_x, 0) if h_0 is None else split_as(z_x, h_0)
     h_0 = h_0.astype(params.W_h.dtype)

@@ -66,7 +66,8 @@ def match_varying_axes(tree: Tree, like: Array) -> Tree:
     The carry of a scan must vary from the start as it does after the first step. The result of a
     `where` varies as its arguments do, in every version of JAX; XLA removes it.
     """
-    unread = jnp.where(False, lax.stop_gradient(like), jnp.zeros((), like.dtype)).sum()
+    like = lax.stop_gradient(jnp.asarray(like))
+    unread = jnp.where(False, like, jnp.zeros((), like.dtype)).sum()  # like may hold NaN
     marked: Tree = jax.tree.map(
         lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree
     )
