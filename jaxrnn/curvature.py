@@ -9,6 +9,7 @@ of products. As in `bptt`, all products but that with W_h are taken by blocks of
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -99,7 +100,7 @@ def gauss_newton(
     h_0 = initial_state(params, batch.xs, h_0)
     network = Network(params, activation, as_leak(params, leak), loss)
     if batch.xs.shape[0] == 0:
-        return lambda v, structural=None: jax.tree.map(jnp.zeros_like, v)
+        return partial(_no_product, params)
     stored = checkpoint_every is None
     K = block_steps(params, batch)
     if checkpoint_every is not None:
@@ -116,6 +117,13 @@ def gauss_newton(
         return _product(network, batch, h_0, K, saved, v, structural)
 
     return product
+
+
+def _no_product(params: Params, v: Params, structural: ArrayLike | None = None) -> Params:
+    """G v of no steps."""
+    check_direction(v, params)
+    zeros: Params = jax.tree.map(jnp.zeros_like, v)
+    return zeros
 
 
 def _product(

@@ -208,10 +208,12 @@ def test_errors_name_the_direction():
         (params._replace(b_y=jnp.ones(2, int)), TypeError, "v.b_y: expected float32"),
         (params._replace(b_y=[1.0, 2.0]), TypeError, "v.b_y: expected an array, got list"),
     ]:
-        with pytest.raises(error, match=message):
-            jaxrnn.gauss_newton_product(params, batch, v)
+        for steps in (batch, jax.tree.map(lambda leaf: leaf[:0], batch)):
+            with pytest.raises(error, match=message):
+                jaxrnn.gauss_newton_product(params, steps, v)
     with pytest.raises(ValueError, match="checkpoint_every: expected at least 1, got 0"):
         curvature.gauss_newton(params, batch, checkpoint_every=0)
+    assert not any(leaf.any() for leaf in jaxrnn.gauss_newton_product(params, steps, params))
 
 
 def loops(jaxpr) -> list:
