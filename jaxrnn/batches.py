@@ -120,6 +120,16 @@ def check_state(name: str, params: Params, h: Any, batch_shape: tuple[int, ...])
     checks.check_shape(name, h, (*batch_shape, params.W_h.shape[0]), "*batch, H")
 
 
+def check_flags(name: str, flags: Any, steps: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless flags are None, or one bool for each step."""
+    if flags is None:
+        return
+    checks.check_array(name, flags)
+    if flags.dtype != jnp.bool_:
+        raise TypeError(f"{name}: expected bool, got {flags.dtype}")
+    checks.check_shape(name, flags, steps, "T, *batch as in xs")
+
+
 def check_drive(params: Params | None, drive: Any, steps: tuple[int, ...], leading: str) -> None:
     """Raises unless drive is None, or one vector of H numbers for each step."""
     if drive is None:
@@ -152,11 +162,7 @@ def check_sequence(
         check_state("h_0", params, h_0, shape[1:])
     check_drive(params, drive, shape, "T, *batch as in xs")
     for name, flags in (("mask", mask), ("reset", reset)):
-        if flags is not None:
-            checks.check_array(name, flags)
-            if flags.dtype != jnp.bool_:
-                raise TypeError(f"{name}: expected bool, got {flags.dtype}")
-            checks.check_shape(name, flags, shape, "T, *batch as in xs")
+        check_flags(name, flags, shape)
 
 
 def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:

@@ -102,12 +102,19 @@ def check_key(name: str, key: Any) -> None:
         raise TypeError(f"{name}: expected one key from jax.random.key, got {got}")
 
 
+def first_place(condition: np.ndarray) -> tuple[int, ...] | None:
+    """The first index at which the condition is True, or None."""
+    if not condition.any():
+        return None
+    return tuple(int(i) for i in np.unravel_index(condition.argmax(), condition.shape))
+
+
 def check_range(name: str, values: np.ndarray, valid: Any, size: int, meaning: str) -> None:
     """Raises ValueError unless the valid values, on the host, lie in [0, size)."""
-    wrong = np.argwhere(((values < 0) | (values >= size)) & valid)
-    if len(wrong):
-        first = tuple(int(i) for i in wrong[0])
+    wrong = ((values < 0) | (values >= size)) & valid
+    first = first_place(wrong)
+    if first is not None:
         raise ValueError(
             f"{name}: expected integers in [0, {size}) ({meaning}), got {int(values[first])} at "
-            f"{first}; {len(wrong)} of {values.size} are outside"
+            f"{first}; {wrong.sum()} of {values.size} are outside"
         )

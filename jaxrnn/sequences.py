@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, check_is_batch, steps_shape
+from jaxrnn.batches import Batch, check_flags, check_is_batch, steps_shape
 from jaxrnn.sharding import gathered
 
 
@@ -89,11 +89,9 @@ def _check_same_fields(sequences: Sequence[Batch]) -> None:
                         f"{field}: expected as many steps as xs {sequence.xs.shape} has, got shape "
                         f"{leaf.shape}"
                     )
-            if name == "mask" and leaf is not None:
-                if leaf.dtype != np.bool_:
-                    raise TypeError(f"{field}: expected bool, got {leaf.dtype}")
-                checks.check_shape(field, leaf, steps_shape(sequence.xs), "T, *batch as in xs")
-            if name != "mask" and kind(leaf) != kind(first):
+            if name == "mask":
+                check_flags(field, leaf, steps_shape(sequence.xs))
+            elif kind(leaf) != kind(first):
                 raise ValueError(
                     f"{field}: expected {kind(first)} after the first axis as in sequences[0], got "
                     f"{kind(leaf)}"

@@ -56,13 +56,15 @@ def check_values(
     check_batch(network, batch, h_0)
     if activation is not None:
         _check_derivative(activation)
+    wide = value_dtype(params)
+    used_in: dict[str, Any] = {}
+    if network is not None:
+        used_in = dict.fromkeys(("xs", "drive", "h_0"), network.W_h.dtype) | {"targets": wide}
     for name, tree in (("params", params), ("h_0", h_0)):
         for path, leaf in jax.tree.leaves_with_path(tree):
-            _check_numbers(name + jax.tree_util.keystr(path), checks.to_numpy(leaf))
-    if network is not None and h_0 is not None:
-        _check_fits("h_0", checks.to_numpy(h_0), True, network.W_h.dtype)
+            place = name + jax.tree_util.keystr(path)
+            _check_numbers(place, checks.to_numpy(leaf), dtype=used_in.get(name))
 
-    wide = value_dtype(params)
     shape = steps_shape(batch.xs)
     mask: Any = np.ones(shape, bool) if batch.mask is None else checks.to_numpy(batch.mask)
     for name in ("xs", "targets", "weights", "drive"):
@@ -78,10 +80,7 @@ def check_values(
                     _warn_of_features(values[mask], values.shape)
         else:
             valid = per_step(mask, values)
-            _check_numbers(name, values, valid, " where the mask is True")
-            if network is not None and name != "weights":
-                dtype = wide if name == "targets" else network.W_h.dtype
-                _check_fits(name, values, valid, dtype)
+            _check_numbers(name, values, valid, " where the mask is True", used_in.get(name))
     if batch.weights is not None:
         _check_weights(checks.to_numpy(batch.weights), mask, wide)
 
@@ -89,9 +88,8 @@ def check_values(
 def _check_weights(weights: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> None:
     """None is below 0, and dtype holds their sum, by which the mean divides."""
     weights = np.where(mask, weights, 0).astype(float)
-    negative = np.argwhere(weights < 0)
-    if len(negative):
-        first = tuple(int(i) for i in negative[0])
+    first = checks.first_place(weights < 0)
+    if first is not None:
         raise ValueError(f"weights: expected none below 0, got {weights[first]} at {first}")
     with np.errstate(over="ignore"):
         total = weights.sum()
@@ -126,30 +124,35 @@ def _warn_of_features(tokens: np.ndarray, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_numbers(name: str, values: np.ndarray, valid: Any = True, where: str = "") -> None:
+def _check_numbers(
+    name: str, values: np.ndarray, valid: Any = True, where: str = "", dtype: Any = None
+) -> None:
+    """The values are finite, also as JAX holds them, and in the dtype that the passes use."""
     _check_finite(name, values, valid, where)
     _check_narrowing(name, values, valid)
+    if dtype is not None:
+        _check_fits(name, values, valid, dtype)
 
 
 def _check_finite(name: str, values: np.ndarray, valid: Any, where: str) -> None:
-    wrong = np.argwhere(~np.isfinite(values.astype(np.float64)) & valid)
-    if len(wrong):
-        first = tuple(int(i) for i in wrong[0])
+    wrong = ~np.isfinite(values.astype(np.float64)) & valid
+    first = checks.first_place(wrong)
+    if first is not None:
         raise ValueError(
             f"{name}: expected finite numbers{where}, got {values[first]} at {first}; "
-            f"{len(wrong)} of {values.size} are not finite"
+            f"{wrong.sum()} of {values.size} are not finite"
         )
 
 
 def _check_fits(name: str, values: np.ndarray, valid: Any, dtype: np.dtype) -> None:
     """The passes convert each value to this dtype, which depends on the parameters'."""
     with np.errstate(over="ignore"):
-        wrong = np.argwhere(~np.isfinite(values.astype(dtype).astype(float)) & valid)
-    if len(wrong):
-        first = tuple(int(i) for i in wrong[0])
+        wrong = ~np.isfinite(values.astype(dtype).astype(float)) & valid
+    first = checks.first_place(wrong)
+    if first is not None:
         raise ValueError(
             f"{name}: expected numbers that fit {dtype}, which follows from the parameters, got "
-            f"{values[first]} at {first}; {len(wrong)} of {values.size} do not fit"
+            f"{values[first]} at {first}; {wrong.sum()} of {values.size} do not fit"
         )
 
 
@@ -157,15 +160,15 @@ def _check_narrowing(name: str, values: np.ndarray, valid: Any) -> None:
     """Without x64, JAX silently converts 64-bit numbers to 32-bit ones."""
     with np.errstate(over="ignore"):
         narrow = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
-    changed = np.argwhere((narrow.astype(values.dtype) != values) & valid)
-    if not len(changed):
+    changed = (narrow.astype(values.dtype) != values) & valid
+    first = checks.first_place(changed)
+    if first is None:
         return
-    first = tuple(int(i) for i in changed[0])
     message = (
         f"{name}: expected values that fit {narrow.dtype}, to which JAX converts {values.dtype}, "
         f"got {values[first].item()} at {first}, which becomes {narrow[first].item()}; "
-        f"{len(changed)} of {values.size} change"
+        f"{changed.sum()} of {values.size} change"
     )
-    if checks.is_integer(narrow) or not np.isfinite(narrow[tuple(changed.T)]).all():
+    if checks.is_integer(narrow) or not np.isfinite(narrow[changed]).all():
         raise ValueError(message)
     warnings.warn(f"{message}. Convert with .astype({narrow.dtype}) to accept it", stacklevel=4)

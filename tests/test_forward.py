@@ -107,20 +107,6 @@ def test_pieces_between_resets_equal_separate_sequences(resets):
         assert max(errors(jax.jit(fn)(params, batch, h_0), expected)) <= AGREEMENT
 
 
-@pytest.mark.parametrize("padded", [slice(2), slice(4, None)], ids=["in front", "behind"])
-def test_nan_in_the_padding_meets_no_operation(padded):
-    """`jax_debug_nans` checks what each operation returns, outside `jit` one by one."""
-    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
-    mask = jnp.ones(6, bool).at[padded].set(False)
-    batch = Batch(jnp.ones((6, 3)).at[padded].set(jnp.nan), jnp.zeros(6, int), mask)
-    with jax.debug_nans(True):
-        for gradient_fn in (jaxrnn.bptt, jaxrnn.rtrl, jaxrnn.sequence_loss, jaxrnn.gradient_flow):
-            gradient_fn(params, batch)
-        jax.grad(lambda params: jaxrnn.sequence_loss(params, batch)[0])(params)
-        jaxrnn.gauss_newton_product(params, batch, params)
-        jaxrnn.hidden_states(params, batch.xs, mask=mask)
-
-
 def test_a_masked_step_keeps_the_state_and_ignores_its_reset():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
     xs, h_0 = jnp.ones((3, 3)), jnp.ones(5)
