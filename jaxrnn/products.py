@@ -1,6 +1,6 @@
 """The products with the weights: of all inputs and outputs at once, and with W_h in the loops."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -81,26 +81,60 @@ def per_unit(v: Array, hs: Array) -> Array:
     return v if v.ndim == 0 else v.reshape((1,) * (hs.ndim - v.ndim) + v.shape)
 
 
+class Elementwise(NamedTuple):
+    """A small matrix W, of which `h @ W` is a sum of elementwise products.
+
+    XLA compiles it into one kernel with the rest of a step; a matrix product calls a library.
+    """
+
+    W: Array
+
+    @property
+    def T(self) -> "Elementwise":
+        return Elementwise(self.W.T)
+
+    def __rmatmul__(self, h: Array) -> Array:
+        h = h[..., None]
+        return (h * per_unit(self.W, h)).sum(axis=-2)
+
+
 class Transposed(NamedTuple):
     """W_h, by its transpose in memory: to be read as `h @ W_h` and `h @ W_h.T`."""
 
-    T: Array
+    T: Array | Elementwise
 
     def __rmatmul__(self, h: Array) -> Array:
         return h @ self.T.T
 
 
-def in_fast_layout(W_h: Array, h: Array, *, reverse: bool = False) -> Array | Transposed:
+LoopMatrix: TypeAlias = Array | Elementwise | Transposed
+"""W_h as a loop reads it: as `h @ W_h` and `h @ W_h.T`."""
+
+
+def elementwise_if_small(W_h: Array, h: Array) -> Array | Elementwise:
+    """W_h for elementwise products, if that takes less time on a CPU: 2 to 32 sequences, and at
+    most 1,200 multiplications."""
+    B = _sequences(W_h, h)
+    return Elementwise(W_h) if 2 <= B <= 32 and B * W_h.size <= 1200 else W_h
+
+
+def in_fast_layout(W_h: Array, h: Array, *, reverse: bool = False) -> LoopMatrix:
     """W_h as a loop reads it fastest: for `h @ W_h.T`, or `h @ W_h` in reverse.
 
     With 2 to 32 sequences on a CPU, a product that sums over the rows of a matrix takes 0.3 to 0.8
     times as long as one that sums over its columns; with 16 or more and a matrix of 4 MB or more,
-    it takes up to 1.5 times as long.
+    it takes up to 1.5 times as long. Products of small networks are elementwise.
     """
-    if jax.default_backend() != "cpu" or not isinstance(h.size, int):
-        return W_h  # or a symbol of jax.export
-    H, B = len(W_h), h.size // len(W_h)
-    over_rows = B < 16 or H * H * W_h.dtype.itemsize < 4e6
+    B = _sequences(W_h, h)
+    over_rows = B < 16 or W_h.nbytes < 4e6
     if not 2 <= B <= 32 or over_rows == reverse:
-        return W_h
-    return Transposed(lax.optimization_barrier(W_h.T))  # XLA would undo the transposition
+        return elementwise_if_small(W_h, h)
+    transposed = lax.optimization_barrier(W_h.T)  # XLA would undo the transposition
+    return Transposed(elementwise_if_small(transposed, h))
+
+
+def _sequences(W_h: Array, h: Array) -> int:
+    """The number of states h; 0 on other backends, and if it is a symbol of `jax.export`."""
+    if jax.default_backend() != "cpu" or not isinstance(h.size, int):
+        return 0
+    return h.size // len(W_h)

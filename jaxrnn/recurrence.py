@@ -28,7 +28,13 @@ from jax.custom_derivatives import SymbolicZero
 from jaxrnn.activations import Activation
 from jaxrnn.batches import per_step, steps_shape, where_exists
 from jaxrnn.params import Params
-from jaxrnn.products import Transposed, in_fast_layout, input_product, per_unit
+from jaxrnn.products import (
+    LoopMatrix,
+    elementwise_if_small,
+    in_fast_layout,
+    input_product,
+    per_unit,
+)
 from jaxrnn.sharding import full_as, match_varying_axes, split_as
 
 Loop: TypeAlias = Callable[..., tuple[Any, Any]]
@@ -188,7 +194,7 @@ def reverse_scan(
 
 
 def tangent_scan(
-    W_h: Array | Transposed,
+    W_h: LoopMatrix,
     h_0_dot: Array,
     zs_dot: Array,
     f_primes: Array,
@@ -282,6 +288,7 @@ def _hoisted_recur_jvp(
     if fs is not None and not isinstance(tangents[3], SymbolicZero):
         leaks_dot = per_unit(tangents[3], hs) * (fs - hs_before)
 
+    W_h = elementwise_if_small(W_h, h_0_dot)
     return hs, tangent_scan(W_h, h_0_dot, zs_dot, f_primes, leaks_dot, leak, mask, reset)
 
 

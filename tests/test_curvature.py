@@ -229,7 +229,7 @@ def loops(jaxpr) -> list:
 
 def test_many_products_take_one_forward_pass_and_one_product_in_each_loop():
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
-    batch = Batch(jnp.ones((5, 4, 2)), jnp.zeros((5, 4), int))
+    batch = Batch(jnp.ones((5, 64, 2)), jnp.zeros((5, 64), int))
 
     def products(params, batch, vs):
         product = curvature.gauss_newton(params, batch)

@@ -1,5 +1,6 @@
 """How the loops over time run on a backend: unrolled steps, and the layout of W_h."""
 
+import math
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch
-from jaxrnn.products import Transposed, in_fast_layout
+from jaxrnn.products import Elementwise, Transposed, in_fast_layout
 from jaxrnn.recurrence import scan, scan_unroll
 from tests.reference import plain_loss, relative_errors
 
@@ -30,11 +31,11 @@ def test_the_direction_of_a_loop_is_given_by_name():
 @pytest.mark.parametrize(
     ("H", "B", "reverse", "transposed"),
     [
-        (5, 1, False, False),
-        (5, 2, False, True),
-        (5, 32, False, True),
-        (5, 33, False, False),
-        (5, 2, True, False),
+        (25, 1, False, False),
+        (25, 2, False, True),
+        (25, 32, False, True),
+        (25, 33, False, False),
+        (25, 2, True, False),
         (999, 16, False, True),
         (1000, 16, False, False),
         (1000, 15, False, True),
@@ -52,12 +53,30 @@ def test_the_layout_of_the_recurrent_weights(H, B, reverse, transposed):
     np.testing.assert_allclose(h @ stored, h @ W_h, rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [(), (1,), (2,), (3,), (2, 1), (3, 1), (2, 2), (33,)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_products_of_small_networks_are_elementwise(batch, dtype, reverse):
+    """Of at most 1,200 multiplications for 2 sequences or more: up to 3 with H = 20."""
+    H = 20
+    W_h = jax.random.normal(jax.random.key(0), (H, H), dtype)
+    h = jax.random.normal(jax.random.key(1), (*batch, H), dtype)
+    stored = in_fast_layout(W_h, h, reverse=reverse)
+    in_loop = stored if reverse or not isinstance(stored, Transposed) else stored.T
+    assert isinstance(in_loop, Elementwise) == (math.prod(batch) in (2, 3))
+    with jax.numpy_rank_promotion("raise"):
+        for got, W in ((h @ stored, W_h), (h @ stored.T, W_h.T)):
+            assert (got.shape, got.dtype) == (h.shape, dtype)
+            exact = np.asarray(h, float) @ np.asarray(W, float)
+            np.testing.assert_allclose(np.asarray(got, float), exact, atol=8 * jnp.finfo(dtype).eps)
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("H", [4, 708])
-def test_states_and_gradient_in_each_layout(H):
-    """The loop forward, or the reverse loop, reads W_h transposed."""
+@pytest.mark.parametrize(("H", "B"), [(4, 16), (16, 16), (708, 16)])
+def test_states_and_gradient_in_each_layout(H, B):
+    """Elementwise products; the loop forward, or the reverse loop, that reads W_h transposed."""
     params = jaxrnn.init(jax.random.key(0), 1, H, 1, dtype=jnp.float64)
-    xs = jax.random.normal(jax.random.key(1), (3, 16, 1), jnp.float64)
+    xs = jax.random.normal(jax.random.key(1), (3, B, 1), jnp.float64)
     batch, options = Batch(xs, xs), {"loss": jaxrnn.squared_error}
     got = jax.jit(partial(jaxrnn.bptt, **options))(params, batch)
     expected = jax.jit(jax.value_and_grad(partial(plain_loss, **options), has_aux=True))(
