@@ -153,7 +153,7 @@ def sofo(
     if key is None:
         return jaxrnn.bptt(params, batch, h_0, activation=activation, loss=loss)
     theta, unravel = ravel_pytree(params)
-    h_0 = initial_state(params, batch.xs, h_0)
+    h_0 = initial_state(params, batch.xs, h_0, batch)
     V = jax.random.normal(key, (directions, theta.size), theta.dtype) / math.sqrt(theta.size)
     projected, h_T = project(
         params, jax.vmap(unravel)(V), batch, h_0, activation=activation, loss=loss

@@ -20,7 +20,7 @@ class Activation(NamedTuple):
 
     Attributes:
       f: z -> h = f(z), elementwise, keeps the dtype.
-      df: h -> f'(z), elementwise, keeps the dtype; None if f' does not follow from h.
+      df: f(z) -> f'(z), elementwise, keeps the dtype; None if f' does not follow from f(z).
 
     >>> import jax.numpy as jnp
     >>> h = tanh.f(jnp.array(0.5))

@@ -53,7 +53,7 @@ from jaxrnn.recurrence import (
 from jaxrnn.sharding import full_as, match_varying_axes, replicated
 
 Output: TypeAlias = tuple[Array, Array, tuple[Array, Array]]
-"""Of the output layer over a block: the loss, W_y^T dy_t of each step, and (dW_y, db_y)."""
+"""The weighted loss of a block, W_y^T dy_t of each step, and (dW_y, db_y)."""
 
 
 def outer_sum(d: Array, x: Array, dtype: DTypeLike) -> Array:
@@ -225,7 +225,7 @@ def bptt(
     checks.check_function("loop", loop)
     if checkpoint_every is not None:
         checks.check_size("checkpoint_every", checkpoint_every)
-    h_0 = initial_state(params, batch.xs, h_0)
+    h_0 = initial_state(params, batch.xs, h_0, (batch, leak))
     leak = as_leak(params, leak)
     dtype = at_least_float32(params.W_h.dtype)
     T = batch.xs.shape[0]

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: saved atomically, verified when loaded.
 
 The folder of a run holds `checkpoint-<step>.npz` for the newest steps, each in the format of
-`jaxrnn.checkpoint_format`. The module needs only the standard library and NumPy.
+`jaxrnn.checkpoint_format`. The module itself imports only the standard library and NumPy.
 """
 
 import contextlib
@@ -89,8 +89,8 @@ def save(
     path = checkpoint_path(folder, step)
     if not FILE_NAME.fullmatch(path.name):
         raise ValueError(f"step: expected an integer of at least 0, got {step!r}")
-    if keep < 1:
-        raise ValueError(f"keep: expected at least 1, got {keep}")
+    if not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"keep: expected an integer of at least 1, got {keep!r}")
     data = encode(step, arrays, note)
     try:
         _write_atomically(path, data)
@@ -151,7 +151,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
-    """The newest intact checkpoint; each newer file that is damaged raises a warning.
+    """The newest intact checkpoint, with a warning for each newer file that is damaged.
 
     Args:
       folder: the folder given to `save`.

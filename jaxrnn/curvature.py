@@ -97,18 +97,18 @@ def gauss_newton(
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
     if checkpoint_every is not None:
         checks.check_size("checkpoint_every", checkpoint_every)
-    h_0 = initial_state(params, batch.xs, h_0)
+    h_0 = initial_state(params, batch.xs, h_0, (batch, leak))
     network = Network(params, activation, as_leak(params, leak), loss)
     if batch.xs.shape[0] == 0:
         return partial(_no_product, params)
-    stored = checkpoint_every is None
-    K = block_steps(params, batch)
-    if checkpoint_every is not None:
+    if checkpoint_every is None:
+        K = block_steps(params, batch)
+    else:
         K = near_divisor(batch.xs.shape[0], checkpoint_every)
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = linearization_states(network, block, h)
-        return at_step(last, states[0]), (h, states if stored else None)
+        return at_step(last, states[0]), (h, states if checkpoint_every is None else None)
 
     _, saved = scan_blocks(forward, h_0, batch, K)
 
@@ -208,6 +208,7 @@ def gauss_newton_product(
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
     loss: Loss = cross_entropy,
+    checkpoint_every: int | None = None,
 ) -> Params:
     """G v = J^T H_L J v, the product with the Gauss-Newton matrix of the loss (Schraudolph 2002).
 
@@ -224,6 +225,7 @@ def gauss_newton_product(
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
       loss: g and its loss.
+      checkpoint_every: as in `curvature.gauss_newton`.
 
     Returns:
       G v, Params in the parameters' dtype, summed over time in float32 at least.
@@ -243,5 +245,8 @@ def gauss_newton_product(
     >>> bool(jnp.allclose(vGv, vHv.mean(), atol=1e-5))
     True
     """
-    product = gauss_newton(params, batch, h_0, activation=activation, leak=leak, loss=loss)
+    product = gauss_newton(
+        params, batch, h_0, activation=activation, leak=leak, loss=loss,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
     return product(v)

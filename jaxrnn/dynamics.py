@@ -71,7 +71,7 @@ def gradient_flow(
     True
     """
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
-    h_0 = initial_state(params, batch.xs, h_0)
+    h_0 = initial_state(params, batch.xs, h_0, (batch, leak))
     batch = batch._replace(weights=mean_weights(batch, at_least_float32(params.W_h.dtype)))
     leak = as_leak(params, leak)
     states = block_states(params, batch, h_0, activation, leak)

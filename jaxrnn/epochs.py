@@ -160,8 +160,9 @@ def count_skipped(metrics: Metrics, step: int) -> int:
     skipped = np.asarray(metrics.skipped) > 0
     if skipped.any():
         warnings.warn(
-            f"train: {skipped.sum()} of the {len(skipped)} updates up to step {step} skipped, as "
-            "loss, gradient, new parameters or carried state are not finite",
+            f"train: {skipped.sum()} of the {len(skipped)} updates up to step {step} were skipped: "
+            "loss, gradient, new parameters or carried state were not finite, or float16 cannot "
+            "hold the state of the optimiser",
             stacklevel=3,
         )
     return int(skipped.sum())

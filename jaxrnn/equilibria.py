@@ -23,7 +23,6 @@ from jaxrnn.batches import check_input, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
-from jaxrnn.recurrence import leaky
 from jaxrnn.sharding import match_varying_axes, shard_rows
 
 STEP_SIZES = 0.5 ** np.arange(10)
@@ -38,9 +37,10 @@ class FixedPoints(NamedTuple):
 
     Attributes:
       h: the states, (N, H).
-      speed: q = |h - F(h, x)|^2 / 2 at each of them, (N,); 0 at a fixed point.
+      speed: |h - F(h, x)|^2 / 2 at each of them, (N,); 0 at a fixed point.
       jacobian: dF/dh at each of them, (N, H, H).
-      converged: bool (N,), the speed is at most the tolerance. The others are no fixed points.
+      converged: bool (N,), the speed without a leak is at most the tolerance. The others are no
+        fixed points.
     """
 
     h: Array
@@ -61,7 +61,7 @@ def fixed_points(
 ) -> FixedPoints:
     """Searches for a fixed point of the network from each of many states, by Newton's method.
 
-        r = h - F(h, x)        q = |r|^2 / 2        A = dr/dh = I - dF/dh        dq/dh = A^T r
+        r = h - f(z)        q = |r|^2 / 2        A = dr/dh = I - df(z)/dh        dq/dh = A^T r
 
     Each step takes h to h - s A^{-1} r with the largest s of 1, 1/2, 1/4, ... for which q falls
     enough. If A is singular or q falls for no s, it takes a step down the gradient of q instead,
@@ -74,11 +74,14 @@ def fixed_points(
     trajectories, and means of them, with noise added. No set of starts is sure to find all fixed
     points. But a step of a tanh network maps the cube [-1, 1]^H into itself, so the signs of
     det(I - dF/dh) at all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some
-    are missing. A leak does not move the fixed points, but changes their Jacobians and speeds.
+    are missing.
+
+    A leak does not move the fixed points, so the search and its tolerance are those without one. It
+    changes the speeds and the Jacobians that are returned.
 
     Starts that are split by explicit sharding are searched on their own devices. Those split by
     automatic sharding need `jax.shard_map`: under plain `jit` all devices wait for one another
-    after each step, in which XLA on a CPU can block for ever.
+    after each step, in which XLA on a CPU can deadlock.
 
     Args:
       params: Params in float32 or float64. In float32, speeds end at about 1e-14 H.
@@ -87,7 +90,7 @@ def fixed_points(
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
       steps: the number of steps at most.
-      tolerance: the highest speed of a point that counts as converged.
+      tolerance: the highest q of a point that counts as converged.
 
     Returns:
       FixedPoints, in the order of the starts and in the parameters' dtype. Many are duplicates,
@@ -117,20 +120,19 @@ def fixed_points(
 
     def search_all(network: Any, starts: Any) -> FixedPoints:
         (W_h, leak), (h, z_x) = network, starts
-        search = partial(_search, activation, W_h, leak, steps=steps, tolerance=tolerance)
+        search = partial(_search, activation, W_h, steps=steps, tolerance=tolerance)
         h = jax.vmap(search)(h, z_x)
-        speed = _speed(_residual(activation, W_h, leak, z_x, h))
+        r = _residual(activation, W_h, z_x, h)
         J = state_jacobian(activation, W_h, z_x, h, leak)
-        return FixedPoints(h, speed, J, speed <= tolerance)
+        moved = r if leak is None else per_unit(leak, r) * r  # h - F(h, x)
+        return FixedPoints(h, _speed(moved), J, _speed(r) <= tolerance)
 
     return shard_rows(search_all, (params.W_h, as_leak(params, leak)), (h, z_x))
 
 
-def _residual(
-    activation: Activation, W_h: Array, leak: Array | None, z_x: Array, h: Array
-) -> Array:
-    """r = h - F(h, x), for states (..., H)."""
-    return h - leaky(leak, h, activation.f(per_unit(z_x, h) + h @ W_h.T))
+def _residual(activation: Activation, W_h: Array, z_x: Array, h: Array) -> Array:
+    """r = h - f(z), for states (..., H)."""
+    return h - activation.f(per_unit(z_x, h) + h @ W_h.T)
 
 
 def _speed(r: Array) -> Array:
@@ -141,7 +143,6 @@ def _speed(r: Array) -> Array:
 def _search(
     activation: Activation,
     W_h: Array,
-    leak: Array | None,
     h: Array,
     z_x: Array,
     *,
@@ -149,7 +150,7 @@ def _search(
     tolerance: float,
 ) -> Array:
     """The state (H,) at which the search from h (H,) ends."""
-    residual = partial(_residual, activation, W_h, leak, z_x)
+    residual = partial(_residual, activation, W_h, z_x)
     sizes = jnp.asarray(STEP_SIZES, h.dtype)[:, None]
 
     def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
@@ -160,7 +161,7 @@ def _search(
         n, h, _, _ = carry
         r = residual(h)
         q = _speed(r)
-        A = jnp.eye(h.shape[-1], dtype=h.dtype) - state_jacobian(activation, W_h, z_x, h, leak)
+        A = jnp.eye(h.shape[-1], dtype=h.dtype) - state_jacobian(activation, W_h, z_x, h, None)
         gradient = A.T @ r  # dq/dh
         newton = -jnp.linalg.solve(A, r)
         descent = -gradient * _speed(gradient) / _speed(A @ gradient)

@@ -126,7 +126,7 @@ def hidden_states(
     check_leak(leak, params)
     check_sequence(params, xs, h_0, drive, mask, reset)
     checks.check_function("loop", loop)
-    h_0 = initial_state(params, xs, h_0)
+    h_0 = initial_state(params, xs, h_0, (xs, drive, mask, reset, leak))
     zs_x = input_zs(params, xs, drive, mask)
     # The custom rule has no gradient for values closed over by the activation; autodiff does.
     arguments = activation, params.W_h, zs_x, h_0, as_leak(params, leak), mask, reset
@@ -195,8 +195,8 @@ def sequence_loss(
         L = sum_t weights_t mask_t l(y_t, target_t) / sum_t weights_t mask_t
 
     over steps and batch; 0 where no step counts. It is differentiable with respect to every
-    argument, in forward and reverse mode. On a CPU, `bptt` mostly returns its value and gradient
-    faster and in less memory.
+    floating-point argument, in forward and reverse mode. On a CPU, `bptt` usually returns its value
+    and gradient faster and in less memory.
 
     Args:
       params: Params.
@@ -221,7 +221,7 @@ def sequence_loss(
     ((), (4, 5))
     """
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
-    h_0 = initial_state(params, batch.xs, h_0)  # its batch axes are those of tokens
+    h_0 = initial_state(params, batch.xs, h_0, (batch, leak))  # its batch axes are those of tokens
     h_T, hs = hidden_states(
         params,
         batch.xs,

@@ -16,8 +16,8 @@ PyTree: TypeAlias = Any
 GradientFn: TypeAlias = Callable[..., tuple[tuple[Array, PyTree], PyTree]]
 """A function that returns a loss, the last state, and the gradient with respect to the parameters:
 
-    gradient_fn(params, batch, h)           -> ((value, h_T), grads)
-    gradient_fn(params, batch, h, key=key)  -> the same, with dropout or noise drawn from the key
+    gradient_fn(params, batch, h_0)           -> ((value, h_T), grads)
+    gradient_fn(params, batch, h_0, key=key)  -> the same, with dropout or noise drawn from the key
 
 `bptt` is one, and so is `jax.value_and_grad(loss, has_aux=True)` of any function
 `loss(params, batch, h) -> (value, h_T)`. Parameters, gradient and state are any pytrees; the state
@@ -114,10 +114,10 @@ def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree
     for name, function in (("gradient_fn", gradient_fn), ("to_params", to_params)):
         checks.check_function(name, function)
 
-    def gradient(theta: PyTree, batch: Any, h: PyTree = None, **keywords: Any) -> Any:
+    def gradient(theta: PyTree, batch: Any, h_0: PyTree = None, **keywords: Any) -> Any:
         params, pullback = jax.vjp(to_params, theta)
         checks.check_float_tree("to_params(theta)", params)
-        (value, h_T), grads = call_gradient(gradient_fn, params, batch, h, **keywords)
+        (value, h_T), grads = call_gradient(gradient_fn, params, batch, h_0, **keywords)
         (dtheta,) = pullback(jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params))
         return (value, h_T), dtheta
 

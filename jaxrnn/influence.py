@@ -29,7 +29,7 @@ def augmented_input(params: Params, x: Array, h_before: Array) -> Array:
 
 
 class Influence(NamedTuple):
-    """A way to carry J_t, three pure functions.
+    """A way to carry J_t: three pure functions and a flag.
 
     Attributes:
       start: (h, N) -> J_0 = 0, for a state h (*batch, H).
@@ -113,10 +113,11 @@ class RankOne(NamedTuple):
 
 def balance(a: RankOne) -> RankOne:
     """The same outer product from factors of equal norm, which keeps the variance small."""
-    h_norm = jnp.linalg.norm(a.h, axis=-1)
-    theta_norm = jnp.sqrt((a.theta**2).sum((-2, -1)))
-    some = (h_norm > 0) & (theta_norm > 0)
-    ratio = jnp.where(some, theta_norm, 1) / jnp.where(some, h_norm, 1)
+    h_square, theta_square = (a.h**2).sum(-1), (a.theta**2).sum((-2, -1))
+    some = (h_square > 0) & (theta_square > 0)
+    # The square root of 0 has no derivative.
+    h_norm, theta_norm = (jnp.sqrt(jnp.where(some, x, 1)) for x in (h_square, theta_square))
+    ratio = theta_norm / h_norm
     rho = jnp.where(some, jnp.sqrt(ratio), 0)
     inverse = jnp.where(some, 1 / jnp.sqrt(ratio), 0)
     return RankOne(rho[..., None] * a.h, inverse[..., None, None] * a.theta)
@@ -129,7 +130,7 @@ def _rank_one_start(h: Array, N: int) -> RankOne:
 def _rank_one_advance(
     J: RankOne, W_h: Array, f_prime: Array, leak: Array | None, u: Array, key: Array
 ) -> RankOne:
-    """Two outer products, and a sum of rank one whose mean over signs nu they are:
+    """Adds two outer products as one of rank one, which is their sum in the mean over signs nu:
 
     E (a + nu) (b + nu^T D) = a b + D        since E nu = 0 and E nu nu^T = I
     """

@@ -163,7 +163,7 @@ def lyapunov_exponents(
     check_sequence(params, xs, h_0, drive, None, None)
     if xs.shape[0] == 0:
         raise ValueError(f"xs: expected at least 1 step, got shape {xs.shape}")
-    h_0 = initial_state(params, xs, h_0)
+    h_0 = initial_state(params, xs, h_0, (xs, drive, leak))
     _, hs = hidden_states(params, xs, h_0, activation=activation, leak=leak, drive=drive)
 
     def factorised(A: Array) -> tuple[Array, Array]:

@@ -46,22 +46,15 @@ def linearization_states(network: Network, block: Batch, h_0: Array) -> States:
     return hs, fs, ys.astype(at_least_float32(ys.dtype))
 
 
-def block_derivatives(network: Network, block: Batch, h_0: Array, states: States) -> Array:
-    """alpha f'(z_t) of each step of a block."""
-    params, activation, leak, _ = network
-    hs, fs, _ = states
-    return derivatives(activation, leak, hs, fs, partial(block_zs, params, block, h_0, hs))
-
-
 def block_tangents(
     network: Network, v: Params, block: Batch, h_0: Array, states: States, h_0_dot: Array
 ) -> Array:
     """h_dot_t of each step of a block, the change of h_t along v, (K, *batch, H)."""
+    (params, activation, leak, _), (hs, fs, _) = network, states
     mask, reset = block.mask, block.reset
-    hs_before = previous(states[0], h_0, mask, reset)
-    zs_dot = input_zs(v, block.xs, None, mask) + hs_before @ v.W_h.T
-    f_primes = block_derivatives(network, block, h_0, states)
-    W_h, leak = in_fast_layout(network.params.W_h, h_0_dot), network.leak
+    zs_dot = input_zs(v, block.xs, None, mask) + previous(hs, h_0, mask, reset) @ v.W_h.T
+    f_primes = derivatives(activation, leak, hs, fs, partial(block_zs, params, block, h_0, hs))
+    W_h = in_fast_layout(params.W_h, h_0_dot)
     return tangent_scan(W_h, h_0_dot, zs_dot, f_primes, None, leak, mask, reset)
 
 

@@ -32,7 +32,7 @@ def sequence_gradient(
 ) -> tuple[tuple[Array, Array], Params]:
     """The gradient over a whole sequence: a stream that starts at h_0."""
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
-    h_0 = initial_state(params, batch.xs, h_0)
+    h_0 = initial_state(params, batch.xs, h_0, (batch, leak))
     start = start_stream(params, h_0, influence)
     (value, stream), grads = stream_gradient(
         params, batch, start, influence=influence, key=key,

@@ -13,10 +13,6 @@ from jaxrnn.gradients import GradientFn, call_gradient, value_dtype
 from jaxrnn.sharding import match_varying_axes
 
 
-def _reshard(tree: Any, sharding: NamedSharding) -> Any:
-    return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, sharding), tree)
-
-
 def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
     """The same gradient function, with the batch split over the first axis of the mesh.
 
@@ -80,7 +76,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
             )
         if AxisType.Explicit in mesh.axis_types:
             params, batch, h_0, key = (
-                _reshard(tree, NamedSharding(mesh, spec))
+                jax.sharding.reshard(tree, NamedSharding(mesh, spec))
                 for tree, spec in zip((params, batch, h_0, key), in_specs, strict=True)
             )
         return shard_map(params, batch, h_0, key)

@@ -81,7 +81,7 @@ def as_leak(params: Params, leak: ArrayLike | None) -> Array | None:
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of sums over time: the given one, or float32 if that has more bits."""
+    """The dtype of sums over time: the given one if it has at least 32 bits, else float32."""
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
@@ -102,7 +102,7 @@ def scaled_identity(scale: float = 1.0) -> Initializer:
         key: Array | None, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
     ) -> Array:
         del key  # the initial value is not random
-        return scale * jnp.eye(shape[0], shape[1], dtype=dtype)
+        return jnp.asarray(scale, dtype) * jnp.eye(*shape, dtype=dtype)
 
     return initializer
 
@@ -122,8 +122,8 @@ def init(
 ) -> Params:
     """Draws the parameters.
 
-    W_x ~ N(0, 1/I), W_y ~ N(0, 1/H), and the biases are zero. W_h is orthogonal, so it preserves
-    the norm of a state (Saxe, McClelland, Ganguli 2013).
+    W_x ~ N(0, 1/I), W_y ~ N(0, 1/H), and the biases are zero. By default W_h is orthogonal, so
+    multiplication by it preserves the norm of a state (Saxe, McClelland, Ganguli 2013).
 
     Args:
       key: a key from `jax.random.key`.
@@ -138,7 +138,8 @@ def init(
       Params.
 
     Raises:
-      TypeError: a size is not an integer, the key is not a key, or the dtype is not a float.
+      TypeError: a size is not an integer, the key is not a key, W_h_init is not a function, or the
+        dtype is not a float.
       ValueError: a size is below 1, or W_h_init returns another shape.
 
     >>> import jax, jaxrnn
@@ -149,6 +150,7 @@ def init(
     checks.check_size("input_size", input_size)
     checks.check_size("hidden_size", hidden_size)
     checks.check_size("output_size", output_size)
+    checks.check_function("W_h_init", W_h_init)
     if not checks.is_float(dtype):
         raise TypeError(f"dtype: expected a floating-point dtype, got {jnp.dtype(dtype).name}")
     checks.check_key("key", key)

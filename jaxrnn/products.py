@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrnn import checks
 from jaxrnn.batches import where_exists
-from jaxrnn.params import Params, at_least_float32
+from jaxrnn.params import Params, at_least_float32, check_params
 from jaxrnn.sharding import explicit_sharding
 
 
@@ -29,8 +29,7 @@ def input_zs(
     *,
     bias: bool = True,
 ) -> Array:
-    """W_x x_t + b_h + drive_t, the part of z_t that does not depend on h_{t-1}; perhaps without
-    b_h."""
+    """The part of z_t that does not depend on h_{t-1}: W_x x_t + drive_t, plus b_h if `bias`."""
     zs_x = input_product(params, where_exists(mask, xs))
     zs_x = add_bias(zs_x, params.b_h) if bias else zs_x
     return zs_x if drive is None else zs_x + where_exists(mask, drive.astype(zs_x.dtype))
@@ -49,13 +48,15 @@ def readout(params: Params, hs: Array) -> Array:
       (..., O), in the parameters' dtype.
 
     Raises:
-      TypeError, ValueError: hs is not a floating-point array of H features.
+      TypeError, ValueError: params are not Params, or hs is not a floating-point array of H
+        features.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> readout(params, jnp.ones((7, 4, 5))).shape
     (7, 4, 2)
     """
+    check_params(params)
     checks.check_float_array("hs", hs)
     checks.check_shape("hs", hs, (*hs.shape[:-1], params.W_y.shape[1]), "..., H of W_y")
     return add_bias(hs @ params.W_y.T, params.b_y)

@@ -38,7 +38,7 @@ from jaxrnn.products import (
 from jaxrnn.sharding import full_as, match_varying_axes, split_as
 
 Loop: TypeAlias = Callable[..., tuple[Any, Any]]
-"""What runs a step for all steps; `scan` is the specification."""
+"""A function that applies a step at all steps; `scan` defines its arguments and results."""
 
 
 def scan_unroll() -> int:
@@ -96,14 +96,17 @@ def previous(hs: Array, h_0: Array, mask: Array | None, reset: Array | None) -> 
     return where_exists(mask, unless_reset(reset, shifted))
 
 
-def initial_state(params: Params, xs: Array, h_0: Array | None) -> Array:
-    """h_0 in the parameters' dtype, zeros if None; split over devices as the inputs are."""
+def initial_state(params: Params, xs: Array, h_0: Array | None, others: Any) -> Array:
+    """h_0 in the parameters' dtype, zeros if None; split over devices as the inputs are.
+
+    Inside `shard_map` it varies over devices as the parameters and `others`, a pytree, do.
+    """
     shape = (*steps_shape(xs)[1:], params.W_h.shape[0])
     unread = full_as(jnp.asarray(xs), 0)  # the values of xs may be NaN where the mask is False
     z_x = input_product(params, unread[0]) if xs.shape[0] else jnp.zeros(shape)
     h_0 = full_as(z_x, 0) if h_0 is None else split_as(z_x, h_0)
     h_0 = h_0.astype(params.W_h.dtype)
-    return match_varying_axes(match_varying_axes(h_0, xs), params.W_h)
+    return match_varying_axes(h_0, (params, others))
 
 
 def recur(

@@ -71,6 +71,8 @@ def windows(batch: Batch, length: int) -> Iterator[Batch]:
 
 
 def _check_same_fields(sequences: Sequence[Batch]) -> None:
+    if not isinstance(sequences, Sequence) or isinstance(sequences, Batch):
+        raise TypeError(f"sequences: expected a list of Batches, got {type(sequences).__name__}")
     if not sequences:
         raise ValueError("sequences: expected at least one, got none")
 
@@ -105,7 +107,8 @@ def pad(sequences: Sequence[Batch]) -> Batch:
 
     Args:
       sequences: N Batches, each (T_n, ...) with time first, T_n at least 0. All have the same
-        fields, with the same dtypes and the same shapes after the first axis.
+        fields, with the same dtypes and the same shapes after the first axis. Each may have a mask
+        or not.
 
     Returns:
       Batch (T, N, ...) with a mask. Padding is zeros.

@@ -39,8 +39,8 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 def to_arrays(tree: PyTree) -> dict[str, np.ndarray]:
     """The leaves of a pytree as NumPy arrays, named by their path, for `checkpoints.save`.
 
-    Keys from `jax.random.key` and bfloat16 numbers become the integers that represent them. Where
-    arrays span processes, each of them calls it, and gets all values.
+    Keys from `jax.random.key` and bfloat16 numbers become the integers that represent them. If
+    arrays span processes, every process must call this function, and gets all values.
 
     Args:
       tree: a pytree of arrays, such as a TrainState.
@@ -87,17 +87,20 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
     def restore(name: str, leaf: Any) -> Array:
         if name not in arrays:
             raise CheckpointError(f"{name}: expected an array of that name, got {sorted(arrays)}")
-        array: Any = arrays[name]
-        if _is_key(leaf):
-            array = jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
-        elif np.dtype(leaf.dtype).kind == "V":
-            array = array.view(leaf.dtype)
-        if array.shape != leaf.shape or array.dtype != leaf.dtype:
+        array = arrays[name]
+        stored: Any = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        dtype = np.dtype(stored.dtype)
+        if dtype.kind == "V":  # such as bfloat16, stored as unsigned integers
+            dtype = np.dtype(f"u{dtype.itemsize}")
+        if array.shape != stored.shape or array.dtype != dtype:
             raise CheckpointError(
-                f"{name}: expected {leaf.dtype} of shape {leaf.shape}, got {array.dtype} of shape "
+                f"{name}: expected {dtype} of shape {stored.shape}, got {array.dtype} of shape "
                 f"{array.shape}"
             )
-        return jnp.array(array, copy=True)
+        if _is_key(leaf):
+            key: Array = jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))
+            return key
+        return jnp.array(array.view(leaf.dtype), copy=True)
 
     leaves = _named_leaves(like)
     restored = [restore(name, leaf) for name, leaf in leaves.items()]
@@ -109,7 +112,7 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
 def save_fit(folder: str | os.PathLike[str], result: Fit, *, keep: int = 2) -> None:
     """Saves a Fit: `callback=functools.partial(save_fit, folder)`.
 
-    Where arrays span processes, each of them calls it, and process 0 writes.
+    If arrays span processes, every process must call this function, and process 0 writes.
 
     Args:
       folder: the folder to save to; created if it does not exist.
@@ -120,8 +123,13 @@ def save_fit(folder: str | os.PathLike[str], result: Fit, *, keep: int = 2) -> N
       CheckpointError: the folder holds this epoch or a later one, of a run that was not resumed; or
         the file cannot be written.
       OSError: the folder cannot be created.
-      ValueError: a path in the pytree has a space, / or \\, or is longer than 200 characters.
+      TypeError: result is not a Fit, or keep not an integer.
+      ValueError: keep is below 1; or a path in the pytree has a space, / or \\, or is longer than
+        200 characters.
     """
+    if not isinstance(result, Fit):
+        raise TypeError(f"result: expected a Fit, got {type(result).__name__}")
+    checks.check_size("keep", keep)
     arrays = to_arrays((result.state, result.best)) | {"history": np.array(result.history, float)}
     leaves = jax.tree.leaves((result.state, result.best))
     shared = any(isinstance(x, Array) and not x.is_fully_addressable for x in leaves)
@@ -166,6 +174,10 @@ def load_fit(
 
     Raises:
       CheckpointError: every checkpoint is damaged, or the newest has other shapes or dtypes.
+      TypeError: params or optimizer do not fit, as in `init_state`.
+
+    Warns:
+      UserWarning: a newer checkpoint is damaged.
 
     >>> import tempfile, optax, jaxrnn
     >>> from functools import partial
@@ -188,7 +200,13 @@ def load_fit(
     rows = arrays.pop("history")
     initial = init_state(params, optimizer, h_0, key=gradient_key)
     like = initial, initial.params
-    state, best = from_arrays(like, arrays)
+    try:
+        state, best = from_arrays(like, arrays)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: expected a state of the params, optimizer, h_0 and gradient_key given, got "
+            f"another one; {error}"
+        ) from None
     history = tuple(
         Evaluation(int(epoch), train_loss, valid_loss, int(skipped))
         for epoch, train_loss, valid_loss, skipped in rows.tolist()

@@ -60,18 +60,28 @@ def full_as(like: Array, value: float, dtype: DTypeLike | None = None) -> Array:
     return jnp.where(False, lax.stop_gradient(like).astype(dtype), jnp.asarray(value, dtype))
 
 
-def match_varying_axes(tree: Tree, like: Array) -> Tree:
-    """The same values, inside `shard_map` marked as varying over the mesh axes of `like`.
+def match_varying_axes(tree: Tree, like: Any) -> Tree:
+    """The same values, inside `shard_map` marked as varying over the mesh axes of all of `like`.
 
     The carry of a scan must vary from the start as it does after the first step. The result of a
     `where` varies as its arguments do, in every version of JAX; XLA removes it.
     """
-    like = lax.stop_gradient(jnp.asarray(like))
-    unread = jnp.where(False, like, jnp.zeros((), like.dtype)).sum()  # like may hold NaN
-    marked: Tree = jax.tree.map(
-        lambda leaf: jnp.where(False, unread.astype(leaf.dtype), leaf), tree
-    )
-    return marked
+    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return tree
+
+    def unread(leaf: Array) -> Array:  # it may hold NaN
+        leaf = lax.stop_gradient(jnp.asarray(leaf))
+        return jnp.where(False, leaf, jnp.zeros((), leaf.dtype)).sum()
+
+    marks = [unread(leaf) for leaf in jax.tree.leaves(like)]
+
+    def marked(leaf: Array) -> Array:
+        for mark in marks:
+            leaf = jnp.where(False, mark.astype(leaf.dtype), leaf)
+        return leaf
+
+    result: Tree = jax.tree.map(marked, tree)
+    return result
 
 
 def shard_rows(function: Callable[[Any, Any], Tree], shared: Any, rows: Any) -> Tree:

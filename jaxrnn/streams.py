@@ -31,7 +31,7 @@ from jaxrnn.recurrence import (
 )
 from jaxrnn.sharding import full_as, match_varying_axes
 
-__all__ = ["Stream", "diagonal", "full", "rank_one", "start_stream", "stream_gradient"]
+__all__ = ["Influence", "Stream", "diagonal", "full", "rank_one", "start_stream", "stream_gradient"]
 
 
 class Stream(NamedTuple):
@@ -61,6 +61,7 @@ def start_stream(params: Params, h_0: Array, influence: Influence) -> Stream:
       TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
     """
     check_params(params)
+    _check_influence(influence)
     checks.check_float_array("h_0", h_0)
     H, I = params.W_x.shape
     checks.check_shape("h_0", h_0, (*h_0.shape[:-1], H), "*batch, H of W_h")
@@ -70,8 +71,15 @@ def start_stream(params: Params, h_0: Array, influence: Influence) -> Stream:
     return Stream(h_0, jax.tree.map(lambda J: J + per_step(zeros, J), start))
 
 
+def _check_influence(influence: Any) -> None:
+    if not isinstance(influence, Influence):
+        raise TypeError(f"influence: expected an Influence such as streams.full, got {influence!r}")
+
+
 def check_stream(params: Params, stream: Any, influence: Influence) -> None:
     """Raises TypeError or ValueError unless the stream fits the parameters and the influence."""
+    check_params(params)
+    _check_influence(influence)
     if not isinstance(stream, Stream):
         raise TypeError(f"stream: expected a Stream, got {type(stream).__name__}")
     checks.check_float_array("stream.h", stream.h)
@@ -113,7 +121,7 @@ def stream_gradient(
       batch: Batch of T steps. A `reset` starts a new sequence and a new J.
       stream: from `start_stream`, or from the call before.
       influence: `full`, `diagonal` or `rank_one`, as in `start_stream`.
-      key: a key for `rank_one`, another for each call.
+      key: a key for `rank_one`, another for each call; the others do not use it.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
       loss: g and its loss, the mean over the steps of this batch that count.
@@ -161,11 +169,12 @@ def stream_gradient(
         J = influence.advance(J, params.W_h, f_prime, leak, u, key)
         new = Stream(leaky(leak, h_before, f_z), J)
         stream = jax.tree.map(partial(hold, now.mask), new, stream)
-        step_sums = step_gradient(params, stream, target, weight, influence, loss)
+        counted = stream._replace(h=where_exists(now.mask, stream.h))
+        step_sums = step_gradient(params, counted, target, weight, influence, loss)
         return (stream, jax.tree.map(jnp.add, sums, step_sums)), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    carry = match_varying_axes((stream, zeros), batch.xs)
+    carry = match_varying_axes((stream, zeros), (params, batch, stream, leak))
     (stream, sums), _ = lax.scan(body, carry, (batch, weights, keys))
     value, grads = divide_by_count(sums, weights.sum())
     grads = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

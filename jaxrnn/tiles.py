@@ -29,7 +29,7 @@ SEQUENCES = 16
 """The sequences of a tile: the rows of the smallest product of a tensor core."""
 
 MOST_STEPS = 4096
-"""Triton's loop slows down beyond twice as many (jax#20909)."""
+"""Triton's loop slows down beyond twice as many steps."""
 
 
 def with_flat_batch(run: Run) -> Run:

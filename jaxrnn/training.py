@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxrnn import checks
@@ -85,26 +86,29 @@ def fit(
     `fit` with the same arguments, and gets the same result.
 
     Args:
-      key: shuffles the examples of each epoch.
+      key: a key from `jax.random.key`, which shuffles the examples of a Batch in each epoch; of no
+        effect on batches.
       params: the initial parameters, any pytree of floating-point arrays.
       train: a Batch of examples along axis 1, shuffled into minibatches each epoch, with one
         compiled call per epoch; or batches, taken in order each epoch.
-      valid: held-out data, a Batch or batches. If None, `train` is evaluated instead where it is a
-        Batch or a sequence; of another iterable, the loss during the epoch is taken.
+      valid: held-out data, a Batch or batches. If None, `valid_loss` is the loss on `train` after
+        the epoch if `train` is a Batch or a sequence, and `train_loss` if it is another iterable.
       optimizer: an optax optimiser, or a rule (params, grads) -> params.
       gradient_fn: `bptt` or a function like it, see `make_update`. Without a key it is
         deterministic, and evaluates the held-out data.
       gradient_key: a key for a random gradient function, for dropout or noise; update n draws from
         `jax.random.fold_in(gradient_key, n)`.
-      batch_size: examples in a minibatch; all of them if None. With a Batch only. The last
-        minibatch is filled with examples of weight 0, so `gradient_fn` must apply `batch.weights`.
+      batch_size: examples in a minibatch; all of them if None or larger. With a Batch only. The
+        last minibatch is filled with examples of weight 0, so `gradient_fn` must apply
+        `batch.weights`.
       h_0: the state at the start of an epoch, carried from batch to batch; None starts each batch
         from zeros. With batches only; those of `valid` then have the same batch axes.
       max_epochs: the largest number of epochs, those of `resume` included.
       patience: epochs without improvement after which training ends.
       tolerance: how much lower than the lowest loss a loss must be to count as an improvement.
       max_skipped: consecutive skipped updates after which training fails; see `make_update`.
-      callback: called with the Fit after each epoch. Training ends if it returns True.
+      callback: called with the Fit after each epoch; it returns None or a bool. Training ends if it
+        returns True.
       resume: the Fit to continue from, as a callback received it or `load_fit` returned it. With
         the same other arguments the result equals that of an uninterrupted run, bit for bit.
 
@@ -128,7 +132,6 @@ def fit(
     >>> result.history[-1].train_loss < result.history[0].train_loss
     True
     """
-    # Longer than 40 lines because the signature takes one line for each argument.
     checks.check_key("key", key)
     _check_settings(max_epochs, patience, tolerance, max_skipped, callback)
     _check_data(train, valid, batch_size, h_0, max_epochs)
@@ -158,7 +161,7 @@ def fit(
             skipped = count_skipped(metrics, state.step.item())
             row = Evaluation(epoch, train_loss, valid_loss, skipped)
             result = _extend(result, state, row, patience, tolerance)
-            if callback is not None and callback(result):
+            if callback is not None and _stops(callback(result)):
                 break
     except KeyboardInterrupt:
         warnings.warn(
@@ -175,6 +178,15 @@ def _extend(
     best = state.params if row.valid_loss < lowest else result.best
     history = (*result.history, row)
     return Fit(state, best, history, _epochs_without_improvement(history, tolerance) >= patience)
+
+
+def _stops(returned: Any) -> bool:
+    """Whether a callback ends the training. A path or a loss that it returns is a mistake."""
+    if returned is not None and np.asarray(returned).dtype != bool:
+        raise TypeError(
+            f"callback: expected a function that returns None or a bool, got {returned!r}"
+        )
+    return bool(returned)
 
 
 def _epochs_without_improvement(history: tuple[Evaluation, ...], tolerance: float) -> int:

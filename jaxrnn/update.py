@@ -65,7 +65,7 @@ class Metrics(NamedTuple):
     Attributes:
       loss: the mean loss of the batch before the update.
       gradient_norm: the Euclidean norm of the whole gradient, in float32 at least.
-      counted: sum(weights * mask), the steps in the mean.
+      counted: sum(weights * mask), by which the mean divides.
       skipped: consecutive updates skipped, this one included; 0 if this one was applied.
     """
 
@@ -95,12 +95,14 @@ class Diverged(ArithmeticError):
             f"{self.skipped} consecutive skipped updates; last gradient norms: {norms}. Try a "
             "smaller learning rate, optax.clip_by_global_norm, or check_values on the data"
         )
-        if not all(math.isfinite(norm) for norm in self.gradient_norms[-self.skipped :]):
+        last = self.gradient_norms[-self.skipped :]
+        if not last or not all(math.isfinite(norm) for norm in last):
             return message
         return (
-            f"{message}. The gradients are finite: with parameters of 16 bits the optimiser may "
-            "divide by 0. In float16, eps=1e-8 is 0: try optax.adam(..., eps=1e-4). In bfloat16, "
-            "b2=0.999 is 1: try optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)"
+            f"{message}. The gradients are finite: the loss, the new parameters or the state are "
+            "not. If the parameters have 16 bits, the optimiser may divide by 0. In float16, "
+            "eps=1e-8 is 0: try optax.adam(..., eps=1e-4). In bfloat16, b2=0.999 is 1: try "
+            "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)"
         )
 
 
@@ -235,8 +237,8 @@ def make_update(
 
     Raises:
       TypeError: gradient_fn is not a function, or optimizer neither an optax optimiser nor a
-        function; when called, if gradient_fn does not return ((value, h_T), grads), or the rule no
-        new parameters.
+        function; when called, if the state is not a TrainState or the batch not a Batch, or if
+        gradient_fn does not return ((value, h_T), grads), or the rule no new parameters.
 
     >>> from functools import partial
     >>> import jax, jaxrnn
@@ -253,7 +255,6 @@ def make_update(
     check_optimizer(optimizer)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        check_is_batch(batch)
         key = None if state.key is None else jax.random.fold_in(state.key, state.step)
         keywords = {} if key is None else {"key": key}
 
@@ -279,6 +280,9 @@ def make_update(
 
     @wraps(update)
     def donate_unless_traced(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if not isinstance(state, TrainState):
+            raise TypeError(f"state: expected a TrainState, got {type(state).__name__}")
+        check_is_batch(batch)
         # Under an outer vmap, XLA cannot reuse a donated state that is not mapped.
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, batch)))
         after: tuple[TrainState, Metrics] = (jitted if traced else donating)(state, batch)

@@ -20,14 +20,15 @@ def check_values(
     """Checks on the host what only values show. Call it once on data, before any `jit`.
 
     JAX clamps an index past the end, a wrong label gives a finite, wrong gradient, and 64-bit
-    numbers become 32-bit ones, all silently. Steps that the mask excludes are not checked. Where
-    arrays span processes, each of them calls it, and each raises the same error.
+    numbers become 32-bit ones, all silently. Steps that the mask excludes are not checked. If
+    arrays span processes, every process must call this function, and each raises the same error.
 
     Args:
       params: Params, whose sizes give the number of tokens and labels; of other pytrees only the
         values are checked.
       batch: Batch of concrete arrays, of NumPy or JAX.
-      h_0: (*batch, H), the initial state; None for zeros.
+      h_0: (*batch, H), the initial state; None for zeros. Of any other pytree only the values are
+        checked.
       activation: an Activation whose df is compared with autodiff of its f; None checks none.
 
     Raises:
@@ -53,7 +54,8 @@ def check_values(
         checks.check_float_tree("params", params)
     else:
         check_params(network)
-    check_batch(network, batch, h_0)
+    state = h_0 if jax.tree_util.all_leaves([h_0]) else None  # a Stream is a pytree
+    check_batch(network, batch, state)
     if activation is not None:
         _check_derivative(activation)
     wide = value_dtype(params)
@@ -76,7 +78,7 @@ def check_values(
                 tokens = name == "xs"
                 size = network.W_x.shape[1] if tokens else network.W_y.shape[0]
                 checks.check_range(name, values, mask, size, "I tokens" if tokens else "O labels")
-                if tokens and fits_as_numbers(network, batch, h_0):
+                if tokens and fits_as_numbers(network, batch, state):
                     _warn_of_features(values[mask], values.shape)
         else:
             valid = per_step(mask, values)

@@ -198,7 +198,7 @@ def test_the_search_for_whole_writes_finds_a_shift_register():
 @pytest.mark.parametrize("fn", [jaxrnn.bptt, by_autodiff], ids=["bptt", "autodiff"])
 def test_time_grows_linearly_with_T(fn):
     """Also where code generation rewrites a whole stacked output at every step, which the HLO
-    does not show (jax#40101, jaxlib 0.11.1). The best of some attempts counts."""
+    does not show, as in jaxlib 0.11.1. The best of some attempts counts."""
     for _ in range(5):
         seconds = {}
         for T in (1000, 4000):
