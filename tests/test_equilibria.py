@@ -156,14 +156,16 @@ def test_a_start_that_is_not_finite_is_marked_and_leaves_the_others_alone():
 def test_a_leak_keeps_the_points_and_changes_their_jacobians(leak):
     params = network(0, 2, 6)._replace(W_h=jnp.asarray(3 * draw(2, 6, 6)))
     without = find(params, draw(1, 30, 6))
-    points = find(params, without.h, leak=leak)
+    points = find(params, draw(1, 30, 6), leak=leak)
     converged = np.asarray(without.converged)
     assert converged.sum() > 10
+    np.testing.assert_array_equal(points.converged, converged)
     np.testing.assert_allclose(points.h[converged], without.h[converged], atol=1e-12)
     alpha = np.broadcast_to(leak, 6)
     expected = np.diag(1 - alpha) + alpha[:, None] * np.asarray(without.jacobian)
     np.testing.assert_allclose(points.jacobian[converged], expected[converged], atol=1e-11)
-    traced = jax.jit(lambda leak: fixed_points(params, without.h, jnp.zeros(2), leak=leak))(leak)
+    starts = jnp.asarray(draw(1, 30, 6))
+    traced = jax.jit(lambda leak: fixed_points(params, starts, jnp.zeros(2), leak=leak))(leak)
     np.testing.assert_allclose(traced.jacobian, points.jacobian, atol=1e-14)
 
 

@@ -76,6 +76,41 @@ def test_another_structure_is_refused(like, message):
         from_arrays(like, arrays)
 
 
+@pytest.mark.parametrize(
+    ("leaf", "name", "array", "message"),
+    [
+        (jax.random.key, "leaf:key<fry>", np.zeros(3, np.uint32), r"uint32 of shape \(2,\), .*3"),
+        (jax.random.key, "leaf:key<fry>", np.zeros(2, np.int32), "uint32 .* got int32"),
+        (
+            lambda _: jnp.zeros(3, jnp.bfloat16),
+            "leaf:bfloat16",
+            np.zeros(3, np.uint8),
+            "uint16 .*8",
+        ),
+        (
+            lambda _: jnp.zeros(3, jnp.bfloat16),
+            "leaf:bfloat16",
+            np.zeros(6, np.uint16),
+            "uint16 .*6",
+        ),
+    ],
+)
+def test_integers_that_stand_for_other_numbers_are_checked(leaf, name, array, message):
+    with pytest.raises(CheckpointError, match=f"^{name}: expected {message}"):
+        from_arrays(leaf(0), {name: array})
+
+
+def test_what_is_no_fit_is_refused(params, tmp_path):
+    with pytest.raises(TypeError, match=r"^result: expected a Fit, got Params$"):
+        jaxrnn.save_fit(tmp_path, params)
+    result = jaxrnn.Fit(jaxrnn.init_state(params, ADAM), params, (), False)
+    with pytest.raises(TypeError, match=r"^keep: expected an integer, got '2'$"):
+        jaxrnn.save_fit(tmp_path, result, keep="2")
+    with pytest.raises(ValueError, match=r"^keep: expected an integer of at least 1, got 1.5$"):
+        checkpoints.save(tmp_path, 0, {}, keep=1.5)
+    assert not list(tmp_path.iterdir())
+
+
 def test_leaves_with_the_same_name_are_refused():
     with pytest.raises(TypeError, match=r"a: expected an array, got float"):
         to_arrays({"a": 0.1})
@@ -148,8 +183,12 @@ def test_fit_refuses_a_checkpoint_of_another_network(params, tmp_path):
     run = partial(jaxrnn.fit, jax.random.key(1), train=stream(), optimizer=rule, max_epochs=1)
     result = run(params=params, callback=partial(jaxrnn.save_fit, tmp_path))
     larger = jaxrnn.init(jax.random.key(0), 3, 6, 2)
-    with pytest.raises(CheckpointError, match=r"0.params.W_x: expected float32 of shape \(6, 3\)"):
+    message = r"another one; 0.params.W_x: expected float32 of shape \(6, 3\)"
+    with pytest.raises(CheckpointError, match=message):
         jaxrnn.load_fit(tmp_path, larger, rule)
+    message = f"^{tmp_path}: .* params, optimizer, h_0 and gradient_key given, .* 0.h: expected an"
+    with pytest.raises(CheckpointError, match=message):
+        jaxrnn.load_fit(tmp_path, params, rule, jnp.zeros((4, 5)))
     message = r"resume: expected float32\[6, 3\] at best.W_x, .* got float32\[5, 3\]"
     with pytest.raises(ValueError, match=message):
         run(params=larger, resume=result)

@@ -163,6 +163,9 @@ def test_a_setting_of_the_wrong_type_is_named_before_training(params):
         fit(tolerance=None)
     with pytest.raises(TypeError, match=r"^callback: expected a function, got 3$"):
         fit(callback=3)
+    with pytest.raises(TypeError, match=r"^callback: expected a function that returns None or a b"):
+        fit(callback=lambda result: result.history[-1].train_loss)
+    assert len(fit(callback=lambda result: np.bool_(False)).history) == 1
     assert len(fit(tolerance=np.float32(0.1)).history) == 1
 
 
@@ -189,7 +192,7 @@ def test_skipped_updates_are_counted_and_left_out_of_the_mean_with_a_warning(par
     fit = partial(
         jaxrnn.fit, jax.random.key(0), params, optimizer=rule, gradient_fn=spoiling, max_epochs=1
     )
-    with pytest.warns(UserWarning, match="train: 2 of the 6 updates up to step 6 skipped"):
+    with pytest.warns(UserWarning, match="train: 2 of the 6 updates up to step 6 were skipped"):
         result = fit(train=spoilt(6, {0, 4}), max_skipped=2)
     (row,) = result.history
     assert row.skipped == 2
@@ -216,7 +219,7 @@ def test_too_many_consecutive_skips_raise_diverged(where, step, params):
 def test_consecutive_skips_are_counted_across_epochs(params):
     """Three at the end of an epoch and two at the start of the next; also for a Batch."""
     with (
-        pytest.warns(UserWarning, match="train: 3 of the 4 updates up to step 4 skipped"),
+        pytest.warns(UserWarning, match="train: 3 of the 4 updates up to step 4 were skipped"),
         pytest.raises(
             jaxrnn.Diverged, match=r"^step 5: .* got 4 consecutive skipped updates"
         ) as stopped,

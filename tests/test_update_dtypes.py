@@ -43,6 +43,19 @@ def test_an_update_whose_state_float16_cannot_hold_is_skipped():
         assert all(changed) if skipped == 0 else not any(changed)
 
 
+def test_a_state_of_float32_may_be_infinite(batch):
+    """Only the numbers of float16 leave its range in an ordinary run."""
+
+    def update(grads, state, params=None):
+        return jax.tree.map(lambda d: -0.1 * d, grads), state + jnp.inf
+
+    optimizer = optax.GradientTransformation(lambda params: jnp.zeros(()), update)
+    state = jaxrnn.init_state(jaxrnn.init(jax.random.key(0), 3, 5, 2), optimizer)
+    state, metrics = jaxrnn.make_update(jaxrnn.bptt, optimizer)(state, batch)
+    assert metrics.skipped == 0
+    assert state.opt_state == jnp.inf
+
+
 def test_a_state_that_the_optimiser_widens_keeps_its_dtype(batch):
     """`inject_hyperparams` holds numbers in the dtype of the first leaf, here float32."""
     params = {"a": jaxrnn.init(jax.random.key(0), 3, 5, 2), "b": jnp.ones(3, jnp.bfloat16)}

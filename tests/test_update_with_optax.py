@@ -178,9 +178,31 @@ def test_diverged_names_the_eps_of_adam_in_float16():
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
     fit = partial(jaxrnn.fit, jax.random.key(0), params, batch, max_epochs=2, max_skipped=2)
     with (
-        pytest.warns(UserWarning, match="1 of the 1 updates up to step 1 skipped"),
+        pytest.warns(UserWarning, match="1 of the 1 updates up to step 1 were skipped"),
         pytest.raises(jaxrnn.Diverged, match=r"The gradients are finite: .* try .*eps=1e-4\)"),
     ):
         fit(optimizer=optax.adam(1e-2))
     result = fit(optimizer=optax.adam(1e-2, eps=1e-4))
     assert [row.skipped for row in result.history] == [0, 0]
+
+
+def test_the_state_and_the_batch_are_named():
+    params = network(0, 2, 4)
+    rule = optax.sgd(0.1)
+    update = jaxrnn.make_update(jaxrnn.bptt, rule)
+    with pytest.raises(TypeError, match=r"^state: expected a TrainState, got Params$"):
+        update(params, labelled_batch(7, 4))
+    with pytest.raises(TypeError, match=r"^batch: expected Batch.*, got int$"):
+        update(jaxrnn.init_state(params, rule), 3)
+
+
+def test_an_optimiser_may_hold_a_key():
+    """Of a dtype that no number is converted to."""
+    params, xs, targets = network(0, 2, 4), draw(1, 9, 5, 2), draw(2, 9, 5, 2)
+    noise = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1))
+    update = jaxrnn.make_update(partial(jaxrnn.bptt, loss=jaxrnn.squared_error), noise)
+    state = jaxrnn.init_state(params, noise)
+    first = np.asarray(jax.random.key_data(state.opt_state[0].rng_key))
+    state, metrics = update(state, Batch(jnp.asarray(xs), jnp.asarray(targets)))
+    assert metrics.skipped == 0
+    assert not jnp.array_equal(first, jax.random.key_data(state.opt_state[0].rng_key))
