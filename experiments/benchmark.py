@@ -284,7 +284,7 @@ def main(config: Config) -> dict:
     speeds = {group: found["speed"] for group, found in comparison[f"bptt / {other}"].items()}
     ours = ", ".join(f"{speed:.2f} ({group})" for group, speed in speeds.items())
     return report.finish(
-        f"bptt is times as fast as the {other}: {ours}", draw,
+        f"speed of bptt relative to the {other}: {ours}", draw,
         compared=comparison, peers=versions, processor=processor(),
     )  # fmt: skip
 
