@@ -8,8 +8,8 @@ about T above it. Here tanh networks with Gaussian W_h of several gains read whi
     iterations and time against the exponent, for several H at one T
     iterations and time against T, at one H
 
-A run has succeeded if every state equals that of `hidden_states`, to 1e-3. Others end at the cap of
-iterations, or find states that rounding has led elsewhere; they are drawn as open circles.
+A run has succeeded if it ends below the cap of iterations and every state equals that of
+`hidden_states`, to 1e-3. Others, such as those that rounding has led elsewhere, are open circles.
 
     python -m experiments.parallel_in_time --out runs/parallel_in_time
 """
@@ -166,7 +166,7 @@ def draw_exponents(ax, rows: list[dict], config: Config):
             ax.plot([], [], marker, color=color, label=f"{method}, H = {H}")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(xlabel="largest Lyapunov exponent, nats per step")
-    ax.set_title(f"T = {config.length}; open: not equal to unroll")
+    ax.set_title(f"T = {config.length}; open: not equal")
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.93))
 
 
@@ -208,11 +208,11 @@ def draw(rows: list[dict], config: Config):
         )
         for T in config.lengths
     ]
-    axes[2].plot(config.lengths, sequential, "k", linewidth=3, label="unroll")
-    axes[1].set_title(f"H = {config.hidden_size}; open: not equal to unroll")
+    axes[2].plot(config.lengths, sequential, "k", linewidth=3, label="hidden_states")
+    axes[1].set_title(f"H = {config.hidden_size}; open: not equal")
     count_iterations(axes[0], config)
     count_iterations(axes[1], config)
-    axes[2].set(ylabel="milliseconds", title=f"H = {config.hidden_size}, beside unroll (black)")
+    axes[2].set(ylabel="milliseconds", title=f"H = {config.hidden_size}, beside hidden_states")
     for gain, color in colors(rows).items():
         axes[2].plot([], [], color=color, label=f"gain {gain:g}")
     for method, style in zip(METHODS, ("o-", "s--"), strict=True):

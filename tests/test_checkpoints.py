@@ -84,7 +84,7 @@ def test_errors_name_the_missing_file_or_folder(tmp_path):
         (1.5, {}, "step: expected an integer of at least 0, got 1.5"),
         (True, {}, "step: expected an integer of at least 0, got True"),
         (10**18, {}, "step: expected an integer"),
-        (0, {"keep": 0}, "keep: expected at least 1, got 0"),
+        (0, {"keep": 0}, "keep: expected an integer of at least 1, got 0"),
         (0, {"note": "x" * 2**20}, "note: expected at most 1048576 bytes"),
     ],
 )

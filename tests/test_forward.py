@@ -211,7 +211,7 @@ def arrays_and_innermost_scans(jaxpr, arrays, scans):
     return found
 
 
-T, B, I, H, O = 96, 3, 4, 7, 6
+T, B, I, H, O = 96, 33, 4, 7, 6  # products of fewer sequences are elementwise, (B, H, H)
 STRUCTURED = Batch(jnp.ones((T, B, I)), jnp.zeros((T, B), int))
 
 
