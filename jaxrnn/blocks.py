@@ -18,13 +18,13 @@ from jaxrnn.sharding import Tree, full_as, match_varying_axes
 def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     """The steps of a block, whose products `bptt` takes together.
 
-    Except on a GPU, a block has about 1.25 (I + H + O) rows, so that adding its gradient to the sums
-    costs little in comparison. It is longer where its widest array still has at most 16,384 numbers
-    and 512 steps, so that launches cost little. It has at most about a quarter of the steps or 2,048
-    numbers, whichever is more. If its widest array has more than 16,384, its inputs take at most
-    about half of what all states take, its outputs as much as all states. Up to 512 steps, whose
-    widest array has at most 32,768 numbers in all, are one block, which takes less time, also to
-    compile.
+    Except on a GPU, a block has about 1.25 (I + H + O) rows, so that adding its gradient to the
+    sums costs little in comparison. It is longer where its widest array still has at most 16,384
+    numbers and 512 steps, so that launches cost little. It has at most about a quarter of the steps
+    or 2,048 numbers, whichever is more. If its widest array has more than 16,384, its inputs take
+    at most about half of what all states take, its outputs as much as all states. Up to 512 steps,
+    whose widest array has at most 32,768 numbers in all, are one block, which takes less time, also
+    to compile.
 
     Each block copies its inputs: if those of a block of that length were four times as large as all
     states, there is one block. Each block copies the gradient of W_x: if W_x is twice as large as
