@@ -186,10 +186,15 @@ def damped(
     Returns:
       v -> the product, with the structure of v.
 
+    Raises:
+      TypeError: product is not a function.
+
     >>> double = lambda v, structural=None: jax.tree.map(lambda leaf: 2 * leaf, v)
     >>> float(damped(double, 0.5)(jnp.array(4.0)))
     10.0
     """
+
+    checks.check_function("product", product)
 
     def damped_product(v: Params) -> Params:
         Gv = product(v) if structural is None else product(v, structural=damping * structural)

@@ -26,6 +26,10 @@ Weights = Mapping[str, Any]
 
 
 def _check_names(argument: str, weights: Weights, expected: set[str]) -> None:
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"{argument}: expected a mapping from names to arrays, got {type(weights).__name__}"
+        )
     if set(weights) != expected:
         raise ValueError(f"{argument}: expected names {sorted(expected)}, got {sorted(weights)}")
 
@@ -199,6 +203,7 @@ def save_safetensors(params: Params, path: str | PathLike[str]) -> None:
     Raises:
       ModuleNotFoundError: the safetensors package is not installed.
       TypeError, ValueError: params are not valid Params.
+      safetensors.SafetensorError: the file cannot be written.
     """
     arrays = dict(zip(Params._fields, _to_arrays(params), strict=True))
     _import_safetensors().save_file(arrays, path)
@@ -217,7 +222,8 @@ def load_safetensors(path: str | PathLike[str]) -> Params:
       ModuleNotFoundError: the safetensors package is not installed.
       TypeError, ValueError: the names, shapes or dtypes are not those of Params.
       safetensors.SafetensorError: the file is not a complete .safetensors file.
+      FileNotFoundError: there is no such file.
     """
     weights = _import_safetensors().load_file(path)
-    _check_names("path", weights, set(Params._fields))
+    _check_names(str(path), weights, set(Params._fields))
     return _to_params(**weights)

@@ -183,11 +183,13 @@ def buckets(lengths: Sequence[int], *, padding: float = 0.1) -> list[np.ndarray]
       Index arrays, from the longest sequences to the shortest. Each index is in exactly one.
 
     Raises:
+      TypeError: padding is not a number.
       ValueError: padding lies outside [0, 1); lengths are not integers of at least 0.
 
     >>> [bucket.tolist() for bucket in buckets([10, 2, 9, 2])]
     [[0, 2], [1, 3]]
     """
+    checks.check_number("padding", padding)
     if not 0 <= padding < 1:
         raise ValueError(f"padding: expected a share in [0, 1), got {padding}")
     T = np.asarray(lengths)

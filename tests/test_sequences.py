@@ -253,6 +253,8 @@ def test_buckets_reject_an_invalid_share():
     for padding in (1, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"padding: expected a share in \[0, 1\), got"):
             jaxrnn.buckets([1, 2], padding=padding)
+    with pytest.raises(TypeError, match=r"^padding: expected a number, got None$"):
+        jaxrnn.buckets([1, 2], padding=None)
 
 
 @pytest.mark.parametrize("lengths", [[2.5, 1.0], [3, -1], [[1, 2]], 3, [True, False], ["2"]])
