@@ -180,7 +180,9 @@ def test_a_safetensors_file_stores_the_params_by_name(dtype, tmp_path):
     again = interop.load_safetensors(path)
     assert all(a.dtype == dtype and (a == b).all() for a, b in zip(again, params, strict=True))
     safetensors.save_file({"W_x": np.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"\.safetensors: expected names \['W_h', .* got \['W_x'\]"):
+    with pytest.raises(
+        ValueError, match=r"\.safetensors: expected names \['W_h', .* got \['W_x'\]"
+    ):
         interop.load_safetensors(path)
 
 
@@ -248,5 +250,7 @@ def test_no_other_library_is_imported():
 
 
 def test_what_is_no_state_dict_is_named():
-    with pytest.raises(TypeError, match=r"^rnn: expected a mapping from names to arrays, got NoneT"):
+    with pytest.raises(
+        TypeError, match=r"^rnn: expected a mapping from names to arrays, got NoneT"
+    ):
         interop.from_torch(None, {})

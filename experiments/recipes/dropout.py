@@ -10,6 +10,7 @@ Run: python -m experiments.recipes.dropout
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 
@@ -18,9 +19,10 @@ from experiments.recipes.stack import init_stack
 from jaxrnn import Batch
 
 
-def draw(key, rate, shape):
+def draw(key, rate, shape, dtype=jnp.float32):
     """1 / (1 - rate) with probability 1 - rate, else 0, so that the mean is 1."""
-    return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return keep.astype(dtype) / (1 - rate)
 
 
 def unroll_with_dropout(layers, xs, drops, *, mask=None):
