@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrnn import checks
 from jaxrnn.batches import where_exists
-from jaxrnn.params import Params, at_least_float32, check_params
+from jaxrnn.params import Params, at_least_float32
 from jaxrnn.sharding import explicit_sharding
 
 
@@ -48,15 +48,18 @@ def readout(params: Params, hs: Array) -> Array:
       (..., O), in the parameters' dtype.
 
     Raises:
-      TypeError, ValueError: params are not Params, or hs is not a floating-point array of H
-        features.
+      TypeError, ValueError: W_y, b_y or hs is not a floating-point array, or their shapes do not
+        fit.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> readout(params, jnp.ones((7, 4, 5))).shape
     (7, 4, 2)
     """
-    check_params(params)
+    W_y, b_y = (getattr(params, name, None) for name in ("W_y", "b_y"))
+    checks.check_float_array("params.W_y", W_y)
+    checks.check_float_array("params.b_y", b_y)
+    checks.check_shape("params.b_y", b_y, W_y.shape[:1], "O of W_y")
     checks.check_float_array("hs", hs)
     checks.check_shape("hs", hs, (*hs.shape[:-1], params.W_y.shape[1]), "..., H of W_y")
     return add_bias(hs @ params.W_y.T, params.b_y)

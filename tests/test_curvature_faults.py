@@ -13,12 +13,11 @@ CAUGHT = 1e-3
 
 FAULTS = {
     "W_h transposed in the tangent": ("h_dot_before @ W_h.T", "h_dot_before @ W_h"),
-    "V_h transposed": ("hs_before @ v.W_h.T", "hs_before @ v.W_h"),
-    "V_h forgotten": ("+ hs_before @ v.W_h.T", ""),
-    "h_t for h_{t-1}": ("hs_before = previous(states[0], h_0, mask, reset)",
-                        "hs_before = states[0]"),
-    "reset ignored in V_h h_{t-1}": ("previous(states[0], h_0, mask, reset)",
-                                     "previous(states[0], h_0, mask, None)"),
+    "V_h transposed": ("reset) @ v.W_h.T", "reset) @ v.W_h"),
+    "V_h forgotten": ("+ previous(hs, h_0, mask, reset) @ v.W_h.T", ""),
+    "h_t for h_{t-1}": ("previous(hs, h_0, mask, reset) @ v", "hs @ v"),
+    "reset ignored in V_h h_{t-1}": ("previous(hs, h_0, mask, reset) @ v",
+                                     "previous(hs, h_0, mask, None) @ v"),
     "reset ignored in the tangent": ("f_primes, None, leak, mask, reset)",
                                      "f_primes, None, leak, mask, None)"),
     "mask ignored in the tangent": ("f_primes, None, leak, mask, reset)",
