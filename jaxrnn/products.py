@@ -1,6 +1,6 @@
 """The products with the weights: of all inputs and outputs at once, and with W_h in the loops."""
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def readout(params: Params, hs: Array) -> Array:
         y_t = W_y h_t + b_y
 
     Args:
-      params: Params, of which only W_y and b_y are read.
+      params: Params, or any object with W_y (O, H) and b_y (O,), which alone are read.
       hs: (..., H), states in the parameters' dtype.
 
     Returns:
@@ -56,13 +56,14 @@ def readout(params: Params, hs: Array) -> Array:
     >>> readout(params, jnp.ones((7, 4, 5))).shape
     (7, 4, 2)
     """
-    W_y, b_y = (getattr(params, name, None) for name in ("W_y", "b_y"))
+    W_y: Any = getattr(params, "W_y", None)
+    b_y: Any = getattr(params, "b_y", None)
     checks.check_float_array("params.W_y", W_y)
     checks.check_float_array("params.b_y", b_y)
     checks.check_shape("params.b_y", b_y, W_y.shape[:1], "O of W_y")
     checks.check_float_array("hs", hs)
-    checks.check_shape("hs", hs, (*hs.shape[:-1], params.W_y.shape[1]), "..., H of W_y")
-    return add_bias(hs @ params.W_y.T, params.b_y)
+    checks.check_shape("hs", hs, (*hs.shape[:-1], W_y.shape[1]), "..., H of W_y")
+    return add_bias(hs @ W_y.T, b_y)
 
 
 def select_rows(W: Array, tokens: Array) -> Array:
