@@ -1,6 +1,6 @@
 """The products with the weights: of all inputs and outputs at once, and with W_h in the loops."""
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +56,12 @@ def readout(params: Params, hs: Array) -> Array:
     >>> readout(params, jnp.ones((7, 4, 5))).shape
     (7, 4, 2)
     """
-    W_y: Any = getattr(params, "W_y", None)
-    b_y: Any = getattr(params, "b_y", None)
-    checks.check_float_array("params.W_y", W_y)
-    checks.check_float_array("params.b_y", b_y)
-    checks.check_shape("params.b_y", b_y, W_y.shape[:1], "O of W_y")
+    for name in ("W_y", "b_y"):
+        checks.check_float_array(f"params.{name}", getattr(params, name, None))
+    checks.check_shape("params.b_y", params.b_y, params.W_y.shape[:1], "O of W_y")
     checks.check_float_array("hs", hs)
-    checks.check_shape("hs", hs, (*hs.shape[:-1], W_y.shape[1]), "..., H of W_y")
-    return add_bias(hs @ W_y.T, b_y)
+    checks.check_shape("hs", hs, (*hs.shape[:-1], params.W_y.shape[1]), "..., H of W_y")
+    return add_bias(hs @ params.W_y.T, params.b_y)
 
 
 def select_rows(W: Array, tokens: Array) -> Array:
@@ -117,8 +115,10 @@ LoopMatrix: TypeAlias = Array | Elementwise | Transposed
 
 
 def elementwise_if_small(W_h: Array, h: Array) -> Array | Elementwise:
-    """W_h for elementwise products, if that takes less time on a CPU: 2 to 32 sequences, and at
-    most 1,200 multiplications."""
+    """W_h, for elementwise products if these take less time.
+
+    On a CPU they do with 2 to 32 sequences and at most 1,200 multiplications (JAX 0.10 and 0.12).
+    """
     B = _sequences(W_h, h)
     return Elementwise(W_h) if 2 <= B <= 32 and B * W_h.size <= 1200 else W_h
 
