@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def save(
     path = checkpoint_path(folder, step)
     if not FILE_NAME.fullmatch(path.name):
         raise ValueError(f"step: expected an integer of at least 0, got {step!r}")
-    if not isinstance(keep, int) or keep < 1:
+    if not isinstance(keep, Integral) or keep < 1:
         raise ValueError(f"keep: expected an integer of at least 1, got {keep!r}")
     data = encode(step, arrays, note)
     try:

@@ -159,7 +159,7 @@ def _product(
     count = step_weights(batch, dtype).sum()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), v)
     h_0_dot = full_as(h_0, 0)  # h_0 does not depend on the parameters
-    h_0_dot, carry = match_varying_axes((h_0_dot, (h_0_dot, zeros)), h_0)
+    h_0_dot, carry = match_varying_axes((h_0_dot, (h_0_dot, zeros)), (h_0, v))
     _, tangents = scan_blocks(forward, h_0_dot, batch, K, saved)
     (_, means), _ = scan_blocks(backward, carry, batch, K, (saved, tangents), reverse=True)
     Gv: Params = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), means, v)

@@ -20,8 +20,8 @@ GradientFn: TypeAlias = Callable[..., tuple[tuple[Array, PyTree], PyTree]]
     gradient_fn(params, batch, h_0, key=key)  -> the same, with dropout or noise drawn from the key
 
 `bptt` is one, and so is `jax.value_and_grad(loss, has_aux=True)` of any function
-`loss(params, batch, h) -> (value, h_T)`. Parameters, gradient and state are any pytrees; the state
-is None if none is carried. Without a key the function must be deterministic: `fit` calls it so to
+`loss(params, batch, h_0) -> (value, h_T)`. Parameters, gradient and state are any pytrees; the
+state is None if none is carried. Without a key the function must be deterministic: `fit` calls it so to
 evaluate. It is called with a key only if `init_state` or `fit` was given one.
 """
 
@@ -32,7 +32,7 @@ def value_dtype(params: PyTree) -> jnp.dtype:
 
 
 def call_gradient(
-    gradient_fn: GradientFn, params: PyTree, batch: Any, h: PyTree, **keywords: Any
+    gradient_fn: GradientFn, params: PyTree, batch: Any, h: PyTree, /, **keywords: Any
 ) -> tuple[tuple[Array, PyTree], PyTree]:
     """What gradient_fn(params, batch, h) returns.
 

@@ -291,8 +291,8 @@ def _hoisted_recur_jvp(
     if fs is not None and not isinstance(tangents[3], SymbolicZero):
         leaks_dot = per_unit(tangents[3], hs) * (fs - hs_before)
 
-    W_h = elementwise_if_small(W_h, h_0_dot)
-    return hs, tangent_scan(W_h, h_0_dot, zs_dot, f_primes, leaks_dot, leak, mask, reset)
+    W_h_in_loop = elementwise_if_small(W_h, h_0_dot)
+    return hs, tangent_scan(W_h_in_loop, h_0_dot, zs_dot, f_primes, leaks_dot, leak, mask, reset)
 
 
 hoisted_recur.defjvp(_hoisted_recur_jvp, symbolic_zeros=True)

@@ -174,7 +174,8 @@ def stream_gradient(
         return (stream, jax.tree.map(jnp.add, sums, step_sums)), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
-    carry = match_varying_axes((stream, zeros), (params, batch, stream, leak))
+    key_data = None if keys is None else jax.random.key_data(keys)
+    carry = match_varying_axes((stream, zeros), (params, batch, stream, leak, key_data))
     (stream, sums), _ = lax.scan(body, carry, (batch, weights, keys))
     value, grads = divide_by_count(sums, weights.sum())
     grads = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)

@@ -182,7 +182,8 @@ def _extend(
 
 def _stops(returned: Any) -> bool:
     """Whether a callback ends the training. A path or a loss that it returns is a mistake."""
-    if returned is not None and np.asarray(returned).dtype != bool:
+    kind = getattr(returned, "dtype", type(returned))
+    if returned is not None and (kind != bool or np.ndim(returned) > 0):
         raise TypeError(
             f"callback: expected a function that returns None or a bool, got {returned!r}"
         )

@@ -54,7 +54,7 @@ def test_the_layout_of_the_recurrent_weights(H, B, reverse, transposed):
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2,), (3,), (2, 1), (3, 1), (2, 2), (33,)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_products_of_small_networks_are_elementwise(batch, dtype, reverse):
     """Of at most 1,200 multiplications for 2 sequences or more: up to 3 with H = 20."""
@@ -83,3 +83,11 @@ def test_states_and_gradient_in_each_layout(H, B):
         params, batch
     )
     assert max(relative_errors(got, expected)) <= AGREEMENT
+
+
+def test_products_of_float16_do_not_overflow():
+    """Each is 80,000, above 65,504; their sum is 0."""
+    W_h = jnp.array([[200.0, -200.0], [200.0, -200.0]], jnp.float16)
+    stored = in_fast_layout(W_h, jnp.full((2, 2), 400.0, jnp.float16))
+    assert isinstance(stored.T, Elementwise)
+    assert not (jnp.full((2, 2), 400.0, jnp.float16) @ stored.T).any()

@@ -1,4 +1,4 @@
-"""Inside `shard_map`, any argument alone may vary over devices."""
+"""Inside `shard_map`, any array argument alone may vary over devices."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,10 @@ ARGUMENTS = {
     "drive": (5, 2, 4),
     "leak": (),
     "h_0": (2, 4),
+    "v": jaxrnn.Params((4, 3), (4, 4), (2, 4), (4,), (2,)),
+    "key": (2,),
 }
-DTYPES = {"targets": jnp.int32, "mask": jnp.bool_, "reset": jnp.bool_}
+DTYPES = {"key": jnp.uint32, "targets": jnp.int32, "mask": jnp.bool_, "reset": jnp.bool_}
 SEQUENCE = ("xs", "h_0", "drive", "mask", "reset", "leak")
 
 
@@ -36,8 +38,16 @@ def of_a_batch(function, **options):
     return call
 
 
-def product(params, batch, **options):
-    return jaxrnn.gauss_newton_product(params, batch, params, **options)
+def product(arguments):
+    def along_v(params, batch, **options):
+        return jaxrnn.gauss_newton_product(params, batch, arguments["v"], **options)
+
+    return of_a_batch(along_v)(arguments)
+
+
+def uoro(arguments):
+    key = jax.random.wrap_key_data(arguments["key"])
+    return of_a_batch(jaxrnn.uoro, key=key)(arguments)
 
 
 def loss_by_leak(params, batch, h_0, leak):
@@ -59,15 +69,13 @@ FUNCTIONS = {
     "autodiff": of_a_batch(jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True)),
     "leak by autodiff": of_a_batch(loss_by_leak),
     "gradient_flow": of_a_batch(jaxrnn.gradient_flow),
-    "gauss_newton_product": of_a_batch(product),
+    "gauss_newton_product": product,
     "hidden_states": states,
     "lyapunov_exponents": exponents,
     "rtrl": of_a_batch(jaxrnn.rtrl),
     "snap1": of_a_batch(jaxrnn.snap1),
-    "uoro": of_a_batch(lambda *arguments, **options: jaxrnn.uoro(
-        *arguments, key=jax.random.key(0), **options
-    )),
-}  # fmt: skip
+    "uoro": uoro,
+}
 
 
 def shapes(**shapes):
