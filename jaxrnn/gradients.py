@@ -19,10 +19,10 @@ GradientFn: TypeAlias = Callable[..., tuple[tuple[Array, PyTree], PyTree]]
     gradient_fn(params, batch, h_0)           -> ((value, h_T), grads)
     gradient_fn(params, batch, h_0, key=key)  -> the same, with dropout or noise drawn from the key
 
-`bptt` is one, and so is `jax.value_and_grad(loss, has_aux=True)` of any function
-`loss(params, batch, h_0) -> (value, h_T)`. Parameters, gradient and state are any pytrees; the
-state is None if none is carried. Without a key the function must be deterministic: `fit` calls it so to
-evaluate. It is called with a key only if `init_state` or `fit` was given one.
+`bptt` is one, and so is `jax.value_and_grad(loss, has_aux=True)` of any function `loss(params,
+batch, h_0) -> (value, h_T)`. Parameters, gradient and state are any pytrees; the state is None if
+none is carried. Without a key the function must be deterministic: `fit` calls it so to evaluate. It
+is called with a key only if `init_state` or `fit` was given one.
 """
 
 

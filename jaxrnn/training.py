@@ -182,8 +182,8 @@ def _extend(
 
 def _stops(returned: Any) -> bool:
     """Whether a callback ends the training. A path or a loss that it returns is a mistake."""
-    kind = getattr(returned, "dtype", type(returned))
-    if returned is not None and (kind != bool or np.ndim(returned) > 0):
+    is_bool = isinstance(returned, bool) or getattr(returned, "dtype", None) == np.bool_
+    if returned is not None and not (is_bool and np.ndim(returned) == 0):
         raise TypeError(
             f"callback: expected a function that returns None or a bool, got {returned!r}"
         )

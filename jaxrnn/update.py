@@ -99,7 +99,7 @@ class Diverged(ArithmeticError):
         if not last or not all(math.isfinite(norm) for norm in last):
             return message
         return (
-            f"{message}. The gradients are finite, but the loss, the new parameters or the state is "
+            f"{message}. The gradients are finite, but loss, new parameters or state are "
             "not. If the parameters have 16 bits, the optimiser may divide by 0. In float16, "
             "eps=1e-8 is 0: try optax.adam(..., eps=1e-4). In bfloat16, b2=0.999 is 1: try "
             "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)"
