@@ -97,9 +97,8 @@ class Elementwise(NamedTuple):
         return Elementwise(self.W.T)
 
     def __rmatmul__(self, h: Array) -> Array:
-        dtype = at_least_float32(
-            h.dtype
-        )  # a product of float16 may overflow where the sum does not
+        # A product may overflow float16 where the sum does not.
+        dtype = at_least_float32(h.dtype)
         wide = h.astype(dtype)[..., None]
         return (wide * per_unit(self.W, wide).astype(dtype)).sum(axis=-2).astype(h.dtype)
 
