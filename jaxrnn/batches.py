@@ -94,10 +94,10 @@ def mean_weights(batch: Batch, dtype: DTypeLike) -> Array:
     return divide_by_count(weights, weights.sum())
 
 
-def check_is_batch(batch: Any) -> None:
+def check_is_batch(batch: Any, name: str = "batch") -> None:
     """Raises TypeError unless batch is a Batch."""
     if not isinstance(batch, Batch):
-        raise TypeError(f"batch: expected Batch(xs, targets), got {type(batch).__name__}")
+        raise TypeError(f"{name}: expected Batch(xs, targets), got {type(batch).__name__}")
 
 
 def check_input(name: str, params: Params | None, x: Any, leading: str) -> None:

@@ -39,8 +39,7 @@ class FixedPoints(NamedTuple):
       h: the states, (N, H).
       speed: |h - F(h, x)|^2 / 2 at each of them, (N,); 0 at a fixed point.
       jacobian: dF/dh at each of them, (N, H, H).
-      converged: bool (N,), the speed without a leak is at most the tolerance. The others are no
-        fixed points.
+      converged: bool (N,), q is at most the tolerance. The others are no fixed points.
     """
 
     h: Array
@@ -76,8 +75,8 @@ def fixed_points(
     det(I - dF/dh) at all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some
     are missing.
 
-    A leak does not move the fixed points, so the search and its tolerance are those without one. It
-    changes the speeds and the Jacobians that are returned.
+    A leak does not move the fixed points: search and tolerance are those without one. It changes
+    the speeds and Jacobians.
 
     Starts that are split by explicit sharding are searched on their own devices. Those split by
     automatic sharding need `jax.shard_map`: under plain `jit` all devices wait for one another

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, step_weights
+from jaxrnn.batches import Batch, check_is_batch, step_weights
 from jaxrnn.forward import sequence_loss
 from jaxrnn.gradients import PyTree, value_dtype
 
@@ -49,8 +49,7 @@ def mean_over_batches(
     total = count = 0.0
     h = h_0
     for n, batch in enumerate([batches] if isinstance(batches, Batch) else batches):
-        if not isinstance(batch, Batch):
-            raise TypeError(f"{name}[{n}]: expected a Batch, got {type(batch).__name__}")
+        check_is_batch(batch, f"{name}[{n}]")
         value, h_T, counted = compiled(params, batch, h)
         if steps := counted.item():
             total, count = total + value.item() * steps, count + steps

@@ -130,7 +130,7 @@ def _rank_one_start(h: Array, N: int) -> RankOne:
 def _rank_one_advance(
     J: RankOne, W_h: Array, f_prime: Array, leak: Array | None, u: Array, key: Array
 ) -> RankOne:
-    """Adds two outer products as one of rank one, which is their sum in the mean over signs nu:
+    """The sum of two outer products, as one outer product whose mean over signs nu it is:
 
     E (a + nu) (b + nu^T D) = a b + D        since E nu = 0 and E nu nu^T = I
     """

@@ -80,8 +80,7 @@ def _check_same_fields(sequences: Sequence[Batch]) -> None:
         return None if leaf is None else (*leaf.shape[1:], str(leaf.dtype))
 
     for n, sequence in enumerate(sequences):
-        if not isinstance(sequence, Batch):
-            raise TypeError(f"sequences[{n}]: expected a Batch, got {type(sequence).__name__}")
+        check_is_batch(sequence, f"sequences[{n}]")
         for name, leaf, first in zip(Batch._fields, sequence, sequences[0], strict=True):
             field = f"sequences[{n}].{name}"
             if leaf is not None:

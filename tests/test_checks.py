@@ -112,7 +112,7 @@ WRONG = {
     "W_h_init of number": (init(W_h_init=0.9), TypeError, r"W_h_init: expected a function"),
     "pad of an array": (lambda: jaxrnn.pad(XS), TypeError, r"sequences: expected a list of B"),
     "pad of a Batch": (lambda: jaxrnn.pad(BATCH), TypeError, r"sequences: .* list .* got Batch"),
-    "evaluate of an array": (evaluate([BATCH, XS]), TypeError, r"batches\[1\]: expected a Batch"),
+    "evaluate of an array": (evaluate([BATCH, XS]), TypeError, r"batches\[1\]: expected Batch"),
     "xs of list in fit": (
         fit(train=Batch([[0.0]], LABELS)), TypeError, r"train.xs: expected an array, got list"
     ),
@@ -209,7 +209,7 @@ WRONG = {
         ValueError, r"loss.error: expected shape \(7, 4, 2\) .*got \(2,\)",
     ),
     "windows of bool": (lambda: list(jaxrnn.windows(BATCH, True)), TypeError, r"length: .* True"),
-    "evaluate, number": (evaluate([3]), TypeError, r"batches\[0\]: expected a Batch.*got int"),
+    "evaluate, number": (evaluate([3]), TypeError, r"batches\[0\]: expected Batch.*got int"),
     "evaluate, another I": (evaluate(Batch(zeros(T, B, 9), LABELS)), ValueError, r"xs: .*4, 9\)"),
     "fit, NaN": (fit(train=Batch(NAN, LABELS)), ValueError, r"xs: expected finite.*nan at"),
     "fit, NaN in a batch": (fit(train=[Batch(NAN, LABELS)]), ValueError, r"xs: .*finite.*nan"),

@@ -13,6 +13,7 @@ from jaxrnn import Batch
 from jaxrnn.products import Elementwise, Transposed, in_fast_layout
 from jaxrnn.recurrence import scan, scan_unroll
 from tests.reference import plain_loss, relative_errors
+from tests.test_curvature import loops
 
 AGREEMENT = 1e-12
 
@@ -91,3 +92,13 @@ def test_products_of_float16_do_not_overflow():
     stored = in_fast_layout(W_h, jnp.full((2, 2), 400.0, jnp.float16))
     assert isinstance(stored.T, Elementwise)
     assert not (jnp.full((2, 2), 400.0, jnp.float16) @ stored.T).any()
+
+
+@pytest.mark.parametrize("gradient_fn", [jaxrnn.bptt, jax.grad(jaxrnn.sequence_loss, has_aux=True)])
+@pytest.mark.parametrize(("B", "products"), [(4, 0), (64, 1)])
+def test_the_loops_of_a_small_network_have_no_matrix_product(gradient_fn, B, products):
+    params = jaxrnn.init(jax.random.key(0), 2, 5, 2)
+    batch = Batch(jnp.ones((7, B, 2)), jnp.zeros((7, B), int))
+    found = loops(jax.make_jaxpr(gradient_fn)(params, batch).jaxpr)
+    assert found == [products] * len(found)
+    assert len(found) >= 2

@@ -9,21 +9,27 @@ from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 from jaxrnn import Batch
+from jaxrnn.sharding import match_varying_axes
 
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+WEIGHTS = jaxrnn.Params(shape(4, 3), shape(4, 4), shape(2, 4), shape(4), shape(2))
 ARGUMENTS = {
-    "params": jaxrnn.Params((4, 3), (4, 4), (2, 4), (4,), (2,)),
-    "xs": (5, 2, 3),
-    "targets": (5, 2),
-    "mask": (5, 2),
-    "reset": (5, 2),
-    "weights": (5, 2),
-    "drive": (5, 2, 4),
-    "leak": (),
-    "h_0": (2, 4),
-    "v": jaxrnn.Params((4, 3), (4, 4), (2, 4), (4,), (2,)),
-    "key": (2,),
+    "params": WEIGHTS,
+    "xs": shape(5, 2, 3),
+    "targets": shape(5, 2, dtype=jnp.int32),
+    "mask": shape(5, 2, dtype=jnp.bool_),
+    "reset": shape(5, 2, dtype=jnp.bool_),
+    "weights": shape(5, 2),
+    "drive": shape(5, 2, 4),
+    "leak": shape(),
+    "h_0": shape(2, 4),
+    "v": WEIGHTS,
+    "key": shape(2, dtype=jnp.uint32),
 }
-DTYPES = {"key": jnp.uint32, "targets": jnp.int32, "mask": jnp.bool_, "reset": jnp.bool_}
 SEQUENCE = ("xs", "h_0", "drive", "mask", "reset", "leak")
 
 
@@ -78,18 +84,6 @@ FUNCTIONS = {
 }
 
 
-def shapes(**shapes):
-    """Arrays to be traced, of these shapes."""
-    return {
-        name: jax.tree.map(
-            lambda shape, name=name: jax.ShapeDtypeStruct(shape, DTYPES.get(name, jnp.float32)),
-            shape,
-            is_leaf=lambda shape: type(shape) is tuple,
-        )
-        for name, shape in shapes.items()
-    }
-
-
 def trace(call, varying, mesh):
     """Traces the call with one argument that each device has for itself, the others shared."""
 
@@ -97,8 +91,8 @@ def trace(call, varying, mesh):
         own = jax.tree.map(lambda x: x[0], own)
         return jax.tree.map(lambda x: x[None], call(shared | {varying: own}))
 
-    shared = shapes(**ARGUMENTS)
-    own = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), shared.pop(varying))
+    shared = dict(ARGUMENTS)
+    own = jax.tree.map(lambda x: shape(2, *x.shape, dtype=x.dtype), shared.pop(varying))
     split = jax.shard_map(of_one_device, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d"))
     return jax.eval_shape(split, own, shared)
 
@@ -131,3 +125,8 @@ def test_a_sweep_over_leaks():
         *map(jax.tree.leaves, (jax.jit(sweep)(leaks), jax.vmap(gradient)(leaks))), strict=True
     ):
         np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_nothing_is_computed_outside_shard_map():
+    jaxpr = jax.make_jaxpr(match_varying_axes)(jnp.zeros(3), jnp.ones(3))
+    assert not jaxpr.eqns
