@@ -8,12 +8,11 @@ are left out. `--baseline` times another checkout of jaxrnn instead of the peers
 """
 
 import dataclasses
-import multiprocessing
 import platform
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -270,7 +269,7 @@ def main(config: Config) -> dict:
         if versions[name] is None:
             print(f"{name} is not installed and left out", file=sys.stderr)
     report = Report(config)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with cli.own_process() as process:
         for number in tqdm(chosen_rows(config), unit="size", disable=None):
             group, size = ROWS[number]
             row = {"number": number, "group": group, "size": str(size)}

@@ -11,11 +11,9 @@ import dataclasses
 import importlib.util
 import itertools
 import math
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -268,8 +266,7 @@ def main(config: Config) -> dict:
     else:
         print("torch is not installed: skipped", file=sys.stderr)
     # The threads of JAX and torch slow each other down, so torch runs in a process, after JAX.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as process:
+    with cli.own_process() as process:
         bar = tqdm(runs, unit="run", disable=None)
         for library, setting in bar:
             bar.set_description(f"{library} H {setting.hidden_size}, T {setting.window}")

@@ -14,10 +14,12 @@ Exit statuses:
 import contextlib
 import io
 import math
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -137,6 +139,18 @@ def parse(config: type, arguments: list[str] | None, smoke: dict | None = None):
     module = sys.modules[config.__module__].__spec__  # its name is right for `python -m` too
     prog = f"python -m {module.name}" if module else None
     return tyro.cli(config, args=given, default=default, prog=prog)
+
+
+def own_process(
+    set_up: Callable[..., object] | None = None, *arguments: Any
+) -> ProcessPoolExecutor:
+    """One new process, which calls set_up(*arguments) first, and ignores Ctrl-C."""
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_up, arguments)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the new process
+    started = process.submit(int)
+    signal.signal(signal.SIGINT, handler)
+    started.result()
+    return process
 
 
 def exit_status(main: Callable[[], object]) -> int:

@@ -10,7 +10,7 @@ import jaxrnn
 from experiments import long_lag_tasks, subspace
 from experiments.long_lag_tasks import SOLVED, Task
 
-Name: TypeAlias = long_lag_tasks.Name | Literal["subspace"]
+Name: TypeAlias = Literal[long_lag_tasks.Name, "subspace"]
 
 
 def check_every(method: Name) -> int:

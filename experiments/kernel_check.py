@@ -10,9 +10,7 @@ a block, and the sizes of the benchmark, where all methods are timed in turn.
 
 import dataclasses
 import itertools
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -241,7 +239,7 @@ def main(config: Config) -> dict:
     for H in (32, 64, LARGEST[config.dtype]):
         report.log(**time_forward(H, config))
         print(report.rows[-1])
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with cli.own_process() as process:
         for number in tqdm(
             benchmark.chosen_rows(benchmark.Config(rows=config.rows)), unit="size", disable=None
         ):

@@ -10,10 +10,8 @@ processes, one with the flag, time value and gradient by the plain scan and by `
 import contextlib
 import dataclasses
 import functools
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -123,13 +121,13 @@ def table(rows: list[dict]) -> list[str]:
 
 def main(config: Config) -> dict:
     """Measures every size; returns the summary."""
-    report, spawn = Report(config), multiprocessing.get_context("spawn")
+    report = Report(config)
     sizes = [
         Size(config.steps, B, 1, H, 1) for B in config.batch_sizes for H in config.hidden_sizes
     ]
     with contextlib.ExitStack() as stack:
         processes = {
-            name: stack.enter_context(ProcessPoolExecutor(1, spawn, use_flags, (flags,)))
+            name: stack.enter_context(cli.own_process(use_flags, flags))
             for name, flags in KINDS.items()
         }
         for size in tqdm(sizes, unit="size", disable=None):

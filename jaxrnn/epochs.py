@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxrnn.batches import Batch, divide_by_count, step_weights, steps_shape
+from jaxrnn.batches import Batch, step_weights, steps_shape
 from jaxrnn.evaluation import value_state_count
 from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
 from jaxrnn.sharding import explicit_sharding, parts
@@ -115,11 +115,11 @@ def streamed_epoch(
 
 @jax.jit
 def mean_loss_of_updates(metrics: Metrics) -> Array:
-    """The mean loss over the updates that were applied; NaN if none was."""
+    """The mean loss over the updates that were applied; NaN if none was, or no step counted."""
     applied = metrics.skipped == 0
     counted = jnp.where(applied, metrics.counted, 0).sum()
     total = jnp.where(applied, metrics.loss * metrics.counted, 0).sum()
-    return jnp.where(applied.any(), divide_by_count(total, counted), jnp.nan)
+    return total / counted
 
 
 def epoch_runner(

@@ -63,7 +63,7 @@ def check_leak(leak: Any, params: Params) -> None:
     """
     if leak is None:
         return
-    if not isinstance(leak, float | int):
+    if isinstance(leak, bool) or not isinstance(leak, float | int):
         checks.check_float_array("leak", leak)
     shape, H = np.shape(leak), params.W_h.shape[0]
     if shape not in ((), (H,)):

@@ -152,6 +152,8 @@ def fit(
             if result.converged:
                 break
             state, metrics = run_epoch(result.state, epoch)
+            if not metrics.counted.any():
+                raise ValueError("train: expected at least one step that counts, got none")
             norms = [*norms[-2 * max_skipped :], *metrics.gradient_norm.tolist()]
             raise_if_diverged(metrics, state.step.item(), norms, max_skipped)
             train_loss = valid_loss = mean_loss_of_updates(metrics).item()

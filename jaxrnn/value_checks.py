@@ -65,6 +65,7 @@ def check_values(
     for name, tree in (("params", params), ("h_0", h_0)):
         for path, leaf in jax.tree.leaves_with_path(tree):
             place = name + jax.tree_util.keystr(path)
+            checks.check_array(place, leaf)
             _check_numbers(place, checks.to_numpy(leaf), dtype=used_in.get(name))
 
     shape = steps_shape(batch.xs)

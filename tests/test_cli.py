@@ -193,6 +193,14 @@ def test_importing_the_experiments_leaves_the_signals_alone():
 
 
 @pytest.mark.usefixtures("usual_signals")
+def test_an_own_process_leaves_an_interrupt_to_the_command():
+    with cli.own_process(os.putenv, "JAXRNN_OWN", "1") as process:
+        assert process.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+        assert process.submit(os.getpid).result() != os.getpid()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("usual_signals")
 def test_a_command_gets_the_usual_interrupt_back_after_its_imports(monkeypatch):
     import experiments
 

@@ -82,11 +82,15 @@ def test_a_one_pass_iterator_is_refused_where_it_would_be_empty_in_the_second_ep
     assert len(fit(params, data["train"], data["valid"], max_epochs=1).history) == 1
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_held_out_data_in_which_no_step_counts_are_refused(empty, params, batch):
-    valid = [] if empty else batch._replace(mask=jnp.zeros((7, 6), bool))
-    with pytest.raises(ValueError, match=r"^valid: expected at least one step that counts, got no"):
-        fit(params, batch, valid)
+@pytest.mark.parametrize("kind", ["none", "a Batch", "batches", "one pass"])
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_data_in_which_no_step_counts_are_refused(name, kind, params, batch):
+    empty = batch._replace(mask=jnp.zeros((7, 6), bool))
+    data = {"none": [], "a Batch": empty, "batches": [empty], "one pass": iter([empty])}[kind]
+    with pytest.raises(
+        ValueError, match=f"^{name}: expected at least one (step that counts|batch),"
+    ):
+        fit(params, **({"train": batch} | {name: data}), max_epochs=1)
 
 
 @pytest.mark.parametrize("as_batches", [False, True])
@@ -281,12 +285,9 @@ def test_examples_may_have_several_batch_axes(params, batch):
     np.testing.assert_allclose(parts.history[0].train_loss, loss(params, batch), rtol=1e-5)
 
 
-def test_an_evaluation_has_no_skipped_updates_unless_it_says_so():
-    assert jaxrnn.Evaluation(1, 0.5, 0.5).skipped == 0
-
-
 def test_the_defaults_of_fit(params, batch):
     """100 epochs, a patience of 5, a tolerance of 0, and 10 consecutive skips."""
+    assert jaxrnn.Evaluation(1, 0.5, 0.5).skipped == 0
     run = partial(jaxrnn.fit, jax.random.key(0), {"w": jnp.ones(())}, optimizer=optax.sgd(0.01))
 
     def falling(params, batch, h=None):

@@ -69,6 +69,10 @@ WRONG = {
         lambda: jaxrnn.check_values(PARAMS, BATCH, zeros(B, H) - jnp.inf),
         ValueError, r"h_0: expected finite numbers, got -inf at \(0, 0\); 20 of 20",
     ),
+    "state as a list": (
+        lambda: jaxrnn.check_values(PARAMS, BATCH, [[0.0] * H]),
+        TypeError, r"h_0\[0\]\[0\]: expected an array, got float",
+    ),
     "state of another H": (
         lambda: jaxrnn.check_values(PARAMS, BATCH, zeros(B, 9)), ValueError, r"h_0: .*got \(4, 9\)"
     ),
