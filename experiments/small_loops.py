@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from experiments import cli, peers
 from experiments.benchmark import Size, compile_for, make_data, processor, time_in_turn
+from experiments.benchmark_report import geometric_mean
 from experiments.reports import Report
 
 FLAG = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=65536"
@@ -93,6 +94,13 @@ def speedups(rows: list[dict], method: str) -> list[float]:
     return [row[f"{method}, default"] / row[f"{method}, raised"] for row in rows]
 
 
+def beside_scan(rows: list[dict], dtype: str) -> dict[str, float]:
+    """How many times as fast as the plain scan `bptt` is by default."""
+    chosen = [row for row in rows if row["dtype"] == dtype]
+    ratios = [row["plain scan, default"] / row["bptt, default"] for row in chosen]
+    return {"geometric_mean": round(geometric_mean(ratios), 2), "least": round(min(ratios), 2)}
+
+
 def draw(rows: list[dict]):
     """How many times as fast each method is with the raised threshold."""
     fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
@@ -135,8 +143,9 @@ def main(config: Config) -> dict:
                 report.log(**measure(config, size, dtype, processes))
     most = {name: round(max(speedups(report.rows, name)), 1) for name in METHODS}
     fastest = ", ".join(f"{name} {speed}" for name, speed in most.items())
+    scan = {dtype: beside_scan(report.rows, dtype) for dtype in DTYPES}
     ours = f"B, H: ms; {'; '.join(table(report.rows))}. At most times as fast: {fastest}"
-    return report.finish(ours, draw, at_most=most, processor=processor())
+    return report.finish(ours, draw, at_most=most, beside_scan=scan, processor=processor())
 
 
 def run(arguments: list[str] | None = None) -> int:

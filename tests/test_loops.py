@@ -1,6 +1,5 @@
 """How the loops over time run on a backend: unrolled steps, and the layout of W_h."""
 
-import math
 from functools import partial
 
 import jax
@@ -54,17 +53,29 @@ def test_the_layout_of_the_recurrent_weights(H, B, reverse, transposed):
     np.testing.assert_allclose(h @ stored, h @ W_h, rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [(), (1,), (2,), (3,), (2, 1), (3, 1), (2, 2), (33,)])
+@pytest.mark.parametrize(
+    ("H", "batch", "elementwise"),
+    [
+        (20, (), False),
+        (20, (1,), False),
+        (20, (2,), True),
+        (20, (3, 1), True),
+        (20, (2, 2), False),
+        (2, (7,), False),
+        (2, (2, 4), True),
+        (2, (32,), True),
+        (2, (33,), False),
+    ],
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_products_of_small_networks_are_elementwise(batch, dtype, reverse):
-    """Of at most 1,200 multiplications for 2 sequences or more: up to 3 with H = 20."""
-    H = 20
+def test_products_of_small_networks_are_elementwise(H, batch, elementwise, dtype, reverse):
+    """Of 32 to 1,200 multiplications, for 2 to 32 sequences."""
     W_h = jax.random.normal(jax.random.key(0), (H, H), dtype)
     h = jax.random.normal(jax.random.key(1), (*batch, H), dtype)
     stored = in_fast_layout(W_h, h, reverse=reverse)
     in_loop = stored if reverse or not isinstance(stored, Transposed) else stored.T
-    assert isinstance(in_loop, Elementwise) == (math.prod(batch) in (2, 3))
+    assert isinstance(in_loop, Elementwise) == elementwise
     with jax.numpy_rank_promotion("raise"):
         for got, W in ((h @ stored, W_h), (h @ stored.T, W_h.T)):
             assert (got.shape, got.dtype) == (h.shape, dtype)
@@ -89,9 +100,10 @@ def test_states_and_gradient_in_each_layout(H, B):
 def test_products_of_float16_do_not_overflow():
     """Each is 80,000, above 65,504; their sum is 0."""
     W_h = jnp.array([[200.0, -200.0], [200.0, -200.0]], jnp.float16)
-    stored = in_fast_layout(W_h, jnp.full((2, 2), 400.0, jnp.float16))
+    h = jnp.full((8, 2), 400.0, jnp.float16)
+    stored = in_fast_layout(W_h, h)
     assert isinstance(stored.T, Elementwise)
-    assert not (jnp.full((2, 2), 400.0, jnp.float16) @ stored.T).any()
+    assert not (h @ stored.T).any()
 
 
 @pytest.mark.parametrize("gradient_fn", [jaxrnn.bptt, jax.grad(jaxrnn.sequence_loss, has_aux=True)])
