@@ -119,10 +119,10 @@ LoopMatrix: TypeAlias = Array | Elementwise | Transposed
 def elementwise_if_small(W_h: Array, h: Array) -> Array | Elementwise:
     """W_h, for elementwise products if these usually take less time.
 
-    On a CPU that is with 2 to 32 sequences and 32 to 1,200 multiplications: up to 6 times as fast in
-    JAX 0.10, 10 in 0.12. With 2 to 6 sequences of 4 to 7 units they take up to 1.3 times as long in
-    0.10, which compiles such loops into one kernel with either. One sequence may be one of many
-    under vmap, where a matrix product is better.
+    On a CPU that is with 2 to 32 sequences and 32 to 1,200 multiplications: up to 6 times as fast
+    in JAX 0.10, 10 in 0.12. With 2 to 6 sequences of 4 to 7 units they take up to 1.3 times as long
+    in 0.10, which compiles such loops into one kernel with either. One sequence may be one of many
+    under vmap, for which a matrix product takes less time.
     """
     B = _sequences(W_h, h)
     return Elementwise(W_h) if 2 <= B <= 32 and 32 <= B * W_h.size <= 1200 else W_h
