@@ -81,10 +81,10 @@ def save(
       TypeError, ValueError: an argument that a checkpoint cannot store.
 
     >>> import tempfile
-    >>> folder = tempfile.mkdtemp()
-    >>> save(folder, 20, {"losses": [1.5, 0.5]}, note={"seed": 0}).name
-    'checkpoint-20.npz'
-    >>> newest(folder).arrays["losses"].tolist()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     print(save(folder, 20, {"losses": [1.5, 0.5]}, note={"seed": 0}).name)
+    ...     print(newest(folder).arrays["losses"].tolist())
+    checkpoint-20.npz
     [1.5, 0.5]
     """
     path = checkpoint_path(folder, step)

@@ -181,14 +181,14 @@ def load_fit(
 
     >>> import tempfile, optax, jaxrnn
     >>> from functools import partial
-    >>> folder, optimizer = tempfile.mkdtemp(), optax.adam(1e-2)
-    >>> params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    >>> params, optimizer = jaxrnn.init(jax.random.key(0), 3, 5, 2), optax.adam(1e-2)
     >>> batches = [jaxrnn.Batch(jnp.ones((7, 4, 3)), jnp.zeros((7, 4), int))]
     >>> arguments = jax.random.key(1), params, batches
-    >>> settings = {"optimizer": optimizer, "callback": partial(save_fit, folder)}
-    >>> _ = jaxrnn.fit(*arguments, **settings, max_epochs=2)  # then the process ends
-    >>> found = load_fit(folder, params, optimizer)
-    >>> len(jaxrnn.fit(*arguments, **settings, max_epochs=3, resume=found).history)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     settings = {"optimizer": optimizer, "callback": partial(save_fit, folder)}
+    ...     _ = jaxrnn.fit(*arguments, **settings, max_epochs=2)  # then the process ends
+    ...     found = load_fit(folder, params, optimizer)
+    ...     print(len(jaxrnn.fit(*arguments, **settings, max_epochs=3, resume=found).history))
     3
     """
     found = checkpoints.newest(folder)
