@@ -29,7 +29,7 @@ from jaxrnn.equilibria import FixedPoints, distinct, fixed_points, stability
 from jaxrnn.evaluation import evaluate
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
 from jaxrnn.gradients import reparametrized
-from jaxrnn.jacobians import jacobian, lyapunov_exponents
+from jaxrnn.jacobians import jacobian, jacobian_products, lyapunov_exponents
 from jaxrnn.losses import Loss, binary_cross_entropy, cross_entropy, mean_loss, squared_error
 from jaxrnn.online import rtrl, snap1, uoro
 from jaxrnn.parallel import data_parallel
@@ -75,6 +75,7 @@ __all__ = [
     "init_state",
     "interop",
     "jacobian",
+    "jacobian_products",
     "kernels",
     "load_fit",
     "lyapunov_exponents",

@@ -19,7 +19,7 @@ class Activation(NamedTuple):
     `Activation(jax.nn.gelu)`, autodiff takes f' at pre-activations that are computed again.
 
     Attributes:
-      f: z -> h = f(z), elementwise, keeps the dtype.
+      f: z -> h = f(z), elementwise at any rank, keeps the dtype.
       df: f(z) -> f'(z), elementwise, keeps the dtype; None if f' does not follow from f(z).
 
     >>> import jax.numpy as jnp
@@ -43,13 +43,24 @@ def check_activation(activation: Any, dtype: DTypeLike) -> None:
     if activation.df is not None:
         checks.check_function("activation.df", activation.df)
     dtype = jax.dtypes.canonicalize_dtype(dtype)  # NumPy's float64 is float32 without x64
-    z = jax.ShapeDtypeStruct((1, 2), dtype)
     for name, function in activation._asdict().items():
         if function is not None:
-            value = jax.eval_shape(function, z)
-            checks.check_shape(f"activation.{name}", value, z.shape, "elementwise")
-            if value.dtype != dtype:
-                raise TypeError(f"activation.{name}: expected dtype {z.dtype}, got {value.dtype}")
+            _check_elementwise(f"activation.{name}", function, dtype)
+
+
+def _check_elementwise(name: str, function: Callable[[Array], Array], dtype: DTypeLike) -> None:
+    z = jax.ShapeDtypeStruct((1, 2), dtype)
+    value = jax.eval_shape(function, z)
+    checks.check_shape(name, value, z.shape, "elementwise")
+    if value.dtype != z.dtype:
+        raise TypeError(f"{name}: expected dtype {z.dtype}, got {value.dtype}")
+    try:
+        jax.eval_shape(function, jax.ShapeDtypeStruct((), dtype))
+    except Exception as error:  # softmax, a sort: whatever reads an axis
+        raise ValueError(
+            f"{name}: expected an elementwise function, got {function!r}, which fails for one "
+            f"number: {error}"
+        ) from error
 
 
 def has_traced_values(activation: Activation, dtype: DTypeLike) -> bool:

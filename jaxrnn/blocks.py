@@ -16,20 +16,23 @@ from jaxrnn.sharding import Tree, full_as, match_varying_axes
 
 
 def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
-    """The steps of a block, whose products `bptt` takes together.
+    """K, the steps of a block, whose products `bptt` takes together.
 
-    Except on a GPU, a block has about 1.25 (I + H + O) rows, so that adding its gradient to the
-    sums costs little in comparison. It is longer where its widest array still has at most 16,384
-    numbers and 512 steps, so that launches cost little. It has at most about a quarter of the steps
-    or 2,048 numbers, whichever is more. If its widest array has more than 16,384, its inputs take
-    at most about half of what all states take, its outputs as much as all states. Up to 512 steps,
-    whose widest array has at most 32,768 numbers in all, are one block, which takes less time, also
-    to compile.
+    Its products have K B rows, and its widest array K B max(I, H, O) numbers. Except on a GPU:
 
-    Each block copies its inputs: if those of a block of that length were four times as large as all
-    states, there is one block. Each block copies the gradient of W_x: if W_x is twice as large as
-    all states, there is one block. Tokens take no room as inputs. On a GPU a block has about 128
-    steps, and there is one block if each loop is `one_kernel`.
+    - K B is about 1.25 (I + H + O), so that adding its gradient to the sums costs little.
+    - It is more while the block has at most 512 steps and its widest array 16,384 numbers, so that
+      launches cost little.
+    - The block has at most about T / 4 steps, or 2,048 numbers if these are more steps.
+    - If its widest array has more than 16,384 numbers, K I is at most about T H / 2, and K O about
+      T H: its inputs take half the memory of all states, its outputs as much as these.
+
+    There is one block if up to 512 steps have at most 32,768 numbers in the widest array, which
+    takes less time, also to compile; if the inputs that each block copies were four times as large
+    as all states; and if W_x, whose gradient each block copies, is twice as large as these. Tokens
+    take no room as inputs.
+
+    On a GPU a block has about 128 steps, and there is one block if each loop is `one_kernel`.
     """
     T, *batch_axes = steps_shape(batch.xs)
     if not all(isinstance(size, int) for size in (T, *batch_axes)):
@@ -112,10 +115,10 @@ def scan_blocks(
         block = steps_from(start, batch, K)
         if states:
             h_0, arrays = states
-            first = T % K, len(arrays[0]) - T
-            before = jnp.maximum(stored_at(start - 1, *first), 0)
+            own_shared = T % K, len(arrays[0]) - T
+            before = jnp.maximum(stored_at(start - 1, *own_shared), 0)
             h = jnp.where(k == 0, h_0, at_step(before, arrays[0]))
-            saved = h, steps_from(stored_at(start, *first), arrays, K)
+            saved = h, steps_from(stored_at(start, *own_shared), arrays, K)
         if T % K == 0:
             return body(carry, block, None, saved)
         last = jnp.where(k == 0, T % K, K) - 1
@@ -146,7 +149,10 @@ def at_step(t: Array | None, xs: Array) -> Array:
 
 
 def stored_at(t: Array, own: int, shared: int) -> Array:
-    """Where step t lies among joined blocks: the first has `own` steps and `shared` ones."""
+    """Where step t lies among joined blocks.
+
+    The first block has `own` steps, then `shared` ones, which the second block has too.
+    """
     return jnp.where(t < own, t, t + shared)
 
 

@@ -62,22 +62,23 @@ def save(
     """Writes `checkpoint-<step>.npz` atomically and removes checkpoints that are superseded.
 
     When `save` returns, the file is complete and synced to disk. After an exception or a crash, the
-    folder holds either its earlier checkpoints or the new one, complete. Only one process at a time
-    may save to a folder. The operating system must support syncing a folder (POSIX).
+    folder holds earlier checkpoints, the new one, or both, each of them complete. Only one process
+    at a time may save to a folder. The operating system must support syncing a folder (POSIX).
 
     Args:
       folder: an existing folder.
-      step: at least 0. Checkpoints of later steps are removed: a run that resumes from `step`
-        writes them again.
+      step: at least 0, below 10**18. Checkpoints of later steps are removed: a run that resumes
+        from `step` writes them again.
       arrays: name -> array of numbers or bool.
-      note: JSON data, at most 1 MiB including the names of the arrays.
+      note: JSON data, at most 1 MiB including the names of the arrays. JSON has lists for tuples,
+        and strings for keys.
       keep: the number of newest checkpoints to keep, including this one.
 
     Returns:
       The path of the file.
 
     Raises:
-      CheckpointError: the file cannot be written.
+      CheckpointError: the file cannot be written, or others cannot be removed.
       TypeError, ValueError: an argument that a checkpoint cannot store.
 
     >>> import tempfile
@@ -88,20 +89,23 @@ def save(
     [1.5, 0.5]
     """
     path = checkpoint_path(folder, step)
-    if not FILE_NAME.fullmatch(path.name):
-        raise ValueError(f"step: expected an integer of at least 0, got {step!r}")
+    if not isinstance(step, Integral) or not FILE_NAME.fullmatch(path.name):
+        raise ValueError(f"step: expected an integer of at least 0, below 10**18, got {step!r}")
     if not isinstance(keep, Integral) or keep < 1:
         raise ValueError(f"keep: expected an integer of at least 1, got {keep!r}")
     data = encode(step, arrays, note)
     try:
         _write_atomically(path, data)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    try:
         steps = saved_steps(folder)
         kept = [saved for saved in steps if saved <= step][-keep:]
         for saved in steps:
             if saved not in kept:
                 os.unlink(checkpoint_path(folder, saved))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+        raise CheckpointError(f"{path}: complete, but others cannot be removed: {error}") from error
     return path
 
 

@@ -1,4 +1,4 @@
-"""The network as a dynamical system: how a gradient flows through time.
+"""How the gradient flows back through time.
 
 The gradient shrinks or grows with each step back, which is why plain recurrent networks are hard to
 train (Hochreiter 1991; Bengio, Simard, Frasconi 1994).

@@ -34,11 +34,10 @@ class Compiled(NamedTuple):
 def compile_functions(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
     """The compiled functions, cached, so that a second run with the same arguments reuses them."""
     try:
-        return _cached(gradient_fn, optimizer)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
+        hash((gradient_fn, optimizer))
+    except TypeError:
         return _cached.__wrapped__(gradient_fn, optimizer)
+    return _cached(gradient_fn, optimizer)
 
 
 @lru_cache(maxsize=8)

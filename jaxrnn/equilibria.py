@@ -39,7 +39,7 @@ class FixedPoints(NamedTuple):
       h: the states, (N, H).
       speed: |h - F(h, x)|^2 / 2 at each of them, (N,); 0 at a fixed point.
       jacobian: dF/dh at each of them, (N, H, H).
-      converged: bool (N,), q is at most the tolerance. The others are no fixed points.
+      converged: bool (N,), |h - f(z)|^2 / 2 <= tolerance. The others are no fixed points.
     """
 
     h: Array
@@ -67,7 +67,7 @@ def fixed_points(
     h - s c A^T r, where c makes the linear model of r smallest. So q never rises. A search ends one
     step after q has reached the tolerance, since that step squares a small error; or where q no
     longer falls, such as at another minimum of q, a slow point (Sussillo and Barak 2013); or after
-    `steps`. `converged` marks the first kind.
+    `steps`. `converged` marks those whose q is at most the tolerance.
 
     Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
     trajectories, and means of them, with noise added. No set of starts is sure to find all fixed
@@ -83,19 +83,19 @@ def fixed_points(
     after each step, in which XLA on a CPU can deadlock.
 
     Args:
-      params: Params in float32 or float64. In float32, speeds end at about 1e-14 H.
+      params: Params in float32 or float64.
       h: the starts, (N, H).
       x: the input, (I,) or an integer token (), or one for each start, (N, I) or tokens (N,).
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
       steps: the number of steps at most.
-      tolerance: the highest q of a point that counts as converged.
+      tolerance: the highest q that counts as converged; in float32, at least 5e-15 H.
 
     Returns:
       FixedPoints, in the order of the starts and in the parameters' dtype. Many are duplicates,
       which `distinct` removes, together with points that have not converged. Where nothing is left,
-      the speeds tell why: if they are slightly above the tolerance, more steps or float64 help; if
-      far above it, other starts.
+      their q tells why, which is the speed without a leak: if it is slightly above the tolerance,
+      more steps or float64 help; if far above it, other starts.
 
     Raises:
       TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
@@ -179,7 +179,7 @@ def _search(
 def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
     """The fixed points that differ from one another, on the host.
 
-    A point is a duplicate if it is at most `tolerance` from one with a lower speed. Points that
+    From the lowest speed up, each is kept unless one at most `tolerance` from it is. Points that
     have not converged are left out; if none has, the result holds no points.
 
     Args:

@@ -126,7 +126,7 @@ def from_flax(cell: Mapping[str, Weights], dense: Weights) -> Params:
 
     Args:
       cell: {"i": {"kernel": (I, H), "bias": (H,)}, "h": {"kernel": (H, H)}}, as in Flax linen;
-        in NNX, the entries "i" and "h" are named dense_i and dense_h.
+        the entries dense_i and dense_h of NNX, under these names.
       dense: {"kernel": (H, O), "bias": (O,)}.
 
     Returns:

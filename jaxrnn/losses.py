@@ -114,7 +114,7 @@ def _binary_cross_entropy_error(y: Array, target: Array) -> Array:
 
 
 cross_entropy = Loss(g=_softmax, value=_cross_entropy, error=_cross_entropy_error)
-"""g = softmax, l = -sum_o target_o log y_hat_o; targets are integer labels (*batch,) or
+"""g = softmax, l = -sum_o target_o log y_hat_o, y finite; targets are integer labels (*batch,) or
 distributions (*batch, O). With rows whose sum is not 1, dl/dy = (sum_o target_o) y_hat - target."""
 
 squared_error = Loss(g=identity.f, value=_squared_error, error=_squared_error_error)

@@ -69,10 +69,11 @@ def check_leak(leak: Any, params: Params) -> None:
     if shape not in ((), (H,)):
         raise ValueError(f"leak: expected a scalar or shape ({H},) (H of W_h), got {shape}")
     if not isinstance(leak, jax.core.Tracer):
-        values = np.atleast_1d(np.asarray(leak, np.float64))
+        dtype = params.W_h.dtype
+        values = np.atleast_1d(np.asarray(leak).astype(dtype))
         wrong = values[~((values > 0) & (values <= 1))]
         if wrong.size:
-            raise ValueError(f"leak: expected values in (0, 1], got {wrong[0]}")
+            raise ValueError(f"leak: expected values in (0, 1], got {wrong[0]} in {dtype}")
 
 
 def as_leak(params: Params, leak: ArrayLike | None) -> Array | None:

@@ -58,6 +58,8 @@ def readout(params: Params, hs: Array) -> Array:
     """
     for name in ("W_y", "b_y"):
         checks.check_float_array(f"params.{name}", getattr(params, name, None))
+    if params.W_y.ndim != 2:
+        raise ValueError(f"params.W_y: expected rank 2, got shape {params.W_y.shape}")
     checks.check_shape("params.b_y", params.b_y, params.W_y.shape[:1], "O of W_y")
     checks.check_float_array("hs", hs)
     checks.check_shape("hs", hs, (*hs.shape[:-1], params.W_y.shape[1]), "..., H of W_y")
@@ -81,7 +83,7 @@ def add_bias(products: Array, b: Array) -> Array:
 
 def per_unit(v: Array, hs: Array) -> Array:
     """v with leading axes of size 1, so that it broadcasts over hs by strict rules."""
-    return v if v.ndim == 0 else v.reshape((1,) * (hs.ndim - v.ndim) + v.shape)
+    return v.reshape((1,) * (hs.ndim - v.ndim) + v.shape)
 
 
 class Elementwise(NamedTuple):

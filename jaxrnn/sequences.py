@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, check_flags, check_is_batch, steps_shape
+from jaxrnn.batches import Batch, check_batch, check_flags, check_is_batch, steps_shape
 from jaxrnn.sharding import gathered
 
 
@@ -58,13 +58,14 @@ def windows(batch: Batch, length: int) -> Iterator[Batch]:
       An iterator over Batches: steps [k * length, (k + 1) * length) for k = 0, 1, ...
 
     Raises:
-      TypeError, ValueError: batch is not a Batch, or length not an integer of at least 1.
+      TypeError, ValueError: the fields of the batch do not fit one another, or length is not an
+        integer of at least 1.
 
     >>> stream = Batch(xs=jnp.arange(5), targets=jnp.arange(1, 6))
     >>> [window.xs.tolist() for window in windows(stream, 2)]
     [[0, 1], [2, 3], [4]]
     """
-    check_is_batch(batch)
+    check_batch(None, batch, None)
     checks.check_size("length", length)
     starts = range(0, batch.xs.shape[0], length)
     return (jax.tree.map(lambda leaf, at=at: leaf[at : at + length], batch) for at in starts)

@@ -78,6 +78,7 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
 
     Raises:
       CheckpointError: names, shapes or dtypes differ from those of `like`.
+      TypeError, ValueError: `like` holds what is no array, or two leaves of the same name.
 
     >>> state = {"h": jnp.arange(2.0), "key": jax.random.key(7)}
     >>> from_arrays(state, to_arrays(state))["h"].tolist()

@@ -114,7 +114,7 @@ def stream_gradient(
     mixes the influences of earlier ones: the gradient is approximate, and accurate at small rates.
     It is a gradient function whose state is the stream: `make_update(partial(stream_gradient,
     influence=full), optimizer)`, with `init_state(params, optimizer, stream)`, takes one update for
-    each batch of a single step.
+    each batch of a single step. `fit` evaluates without a key, so it takes `full` and `diagonal`.
 
     Args:
       params: Params.
@@ -130,7 +130,8 @@ def stream_gradient(
       (L, stream), grads: a scalar in float32 at least, the stream after these steps, and Params.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+      TypeError, ValueError: a dtype or shape does not fit; the message names the argument, and
+        calls the state of the stream h_0.
 
     >>> import jax, jaxrnn
     >>> from jaxrnn.streams import full

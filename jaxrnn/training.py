@@ -34,7 +34,8 @@ class Evaluation(NamedTuple):
     Attributes:
       epoch: the number of the epoch, from 1.
       train_loss: the mean loss of its minibatches, each before its update; NaN if all were skipped.
-      valid_loss: the mean loss on the held-out data after the epoch; without any, see fit.
+      valid_loss: the mean loss on the held-out data after the epoch; without these, what the
+        argument `valid` of `fit` says.
       skipped: the number of updates skipped, see make_update.
     """
 
@@ -49,7 +50,7 @@ class Fit(NamedTuple):
 
     Attributes:
       state: TrainState after the last update.
-      best: the parameters with the lowest `valid_loss`.
+      best: the parameters with the lowest `valid_loss`, the initial ones if all are NaN.
       history: an Evaluation for each epoch.
       converged: True if patience ended training; False if training ended for another reason.
     """
@@ -176,7 +177,8 @@ def _extend(
     result: Fit, state: TrainState, row: Evaluation, patience: int, tolerance: float
 ) -> Fit:
     """The result with one more epoch."""
-    lowest = min((earlier.valid_loss for earlier in result.history), default=math.inf)
+    # min keeps the first of its arguments if the others are NaN.
+    lowest = min([math.inf, *(earlier.valid_loss for earlier in result.history)])
     best = state.params if row.valid_loss < lowest else result.best
     history = (*result.history, row)
     return Fit(state, best, history, _epochs_without_improvement(history, tolerance) >= patience)
@@ -258,6 +260,8 @@ def _check_resume(resume: Any, initial: Fit, patience: int, tolerance: float) ->
 def _kinds(tree: PyTree) -> dict[str, str]:
     """The dtype and shape of each leaf, by its path."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        jax.tree_util.keystr(path, simple=True, separator="."): (
+            f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+        )
         for path, leaf in jax.tree.leaves_with_path(tree)
     }

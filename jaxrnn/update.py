@@ -30,12 +30,17 @@ def sgd(params: PyTree, grads: PyTree, learning_rate: float | Array) -> PyTree:
       learning_rate: eta, a scalar.
 
     Returns:
-      The new theta.
+      The new theta, in the dtypes of params.
 
     >>> sgd({"w": jnp.array(1.0)}, {"w": jnp.array(0.5)}, 0.5)["w"].item()
     0.75
     """
-    return jax.tree.map(lambda p, d: p - jnp.asarray(learning_rate, p.dtype) * d, params, grads)
+
+    def descend(p: Array, d: Array) -> Array:
+        return (p - jnp.asarray(learning_rate, p.dtype) * d).astype(p.dtype)
+
+    new: PyTree = jax.tree.map(descend, params, grads)
+    return new
 
 
 class TrainState(NamedTuple):
@@ -182,7 +187,7 @@ def _apply(
     ):
         raise TypeError(
             "optimizer: expected a rule that returns new parameters of the same shapes and dtypes, "
-            f"got {new!r} from {optimizer!r}{_CALL_FIRST}"
+            f"got {new!r} from {optimizer!r}{_CALL_FIRST if _is_optax(new) else ''}"
         )
     return new, opt_state
 
@@ -255,8 +260,7 @@ def make_update(
     check_optimizer(optimizer)
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-        keywords = {} if key is None else {"key": key}
+        keywords = {} if state.key is None else {"key": jax.random.fold_in(state.key, state.step)}
 
         def gradient(params: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
             return call_gradient(gradient_fn, params, batch, state.h, **keywords)

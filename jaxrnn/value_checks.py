@@ -29,7 +29,8 @@ def check_values(
       batch: Batch of concrete arrays, of NumPy or JAX.
       h_0: (*batch, H), the initial state; None for zeros. Of any other pytree only the values are
         checked.
-      activation: an Activation whose df is compared with autodiff of its f; None checks none.
+      activation: an Activation, whose f is compared with f of each number alone, and whose df with
+        autodiff of f; None checks none.
 
     Raises:
       TypeError: an argument has the wrong type or dtype, such as a mask that is not bool.
@@ -37,7 +38,8 @@ def check_values(
         parameters, states, inputs, targets, weights or drive are not finite; states, inputs or
         drive overflow the parameters' dtype, or targets the same or float32, whichever is wider; a
         weight is negative, or the sum of all overflows or underflows; a 64-bit value does not fit
-        32 bits; activation.df is not the derivative of f. The message names the first such place.
+        32 bits; activation.f is not elementwise, or df not its derivative. The message names the
+        first such place.
 
     Warns:
       UserWarning: JAX rounds float64 values to float32; or integer xs, which are tokens, look like
@@ -57,7 +59,7 @@ def check_values(
     state = h_0 if jax.tree_util.all_leaves([h_0]) else None  # a Stream is a pytree
     check_batch(network, batch, state)
     if activation is not None:
-        _check_derivative(activation)
+        _check_functions(activation)
     wide = value_dtype(params)
     used_in: dict[str, Any] = {}
     if network is not None:
@@ -101,12 +103,18 @@ def _check_weights(weights: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> No
         raise ValueError(f"weights: expected a sum that fits {dtype}, got {total}")
 
 
-def _check_derivative(activation: Activation) -> None:
-    """Raises ValueError unless df(f(z)) is f'(z), on a grid that has no integers."""
+def _check_functions(activation: Activation) -> None:
+    """f is elementwise, and df(f(z)) is f'(z), on a grid that has no integers."""
     check_activation(activation, jnp.float32)
+    zs = jnp.linspace(-5.03, 5.02, 256)
+    together, alone = (np.asarray(f(zs)) for f in (activation.f, jax.vmap(activation.f)))
+    if not np.allclose(together, alone, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"activation.f: expected an elementwise function, got {activation.f!r}, whose values "
+            "depend on several numbers each"
+        )
     if activation.df is None:
         return
-    zs = jnp.linspace(-5.03, 5.02, 256)
     got = np.asarray(activation.df(activation.f(zs)))
     expected = np.asarray(jax.jvp(activation.f, (zs,), (jnp.ones_like(zs),))[1])
     wrong = np.flatnonzero(~np.isclose(got, expected, rtol=1e-2, atol=1e-3))

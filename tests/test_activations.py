@@ -91,6 +91,8 @@ def test_the_gradient_by_a_learned_slope_is_that_of_the_plain_scan(compile):
             "activation.f: expected a function of JAX arrays, got",
         ),
         (Activation(jnp.sum), r"activation.f: expected shape \(1, 2\) \(elementwise\), got \(\)"),
+        (Activation(jax.nn.softmax), "activation.f: expected an elementwise function, got"),
+        (Activation(jnp.tanh, jnp.sort), "activation.df: expected an elementwise function, got"),
         (Activation(jnp.tanh, lambda h: 1.0), "activation.df: expected shape"),
         (Activation(lambda z: z > 0), "activation.f: expected dtype float32, got bool"),
     ],

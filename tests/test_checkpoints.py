@@ -80,10 +80,11 @@ def test_errors_name_the_missing_file_or_folder(tmp_path):
 @pytest.mark.parametrize(
     ("step", "keywords", "message"),
     [
-        (-1, {}, "step: expected an integer of at least 0, got -1"),
-        (1.5, {}, "step: expected an integer of at least 0, got 1.5"),
-        (True, {}, "step: expected an integer of at least 0, got True"),
-        (10**18, {}, "step: expected an integer"),
+        (-1, {}, "step: expected an integer of at least 0, .*got -1"),
+        (1.5, {}, "step: expected an integer of at least 0, .*got 1.5"),
+        (True, {}, "step: expected an integer of at least 0, .*got True"),
+        (10**18, {}, r"step: expected an integer of at least 0, below 10\*\*18"),
+        ("5", {}, "step: expected an integer .*got '5'"),
         (0, {"keep": 0}, "keep: expected an integer of at least 1, got 0"),
         (0, {"note": "x" * 2**20}, "note: expected at most 1048576 bytes"),
     ],
@@ -92,6 +93,13 @@ def test_save_with_an_invalid_argument_writes_nothing(step, keywords, message, t
     with pytest.raises(ValueError, match="^" + message):
         checkpoints.save(tmp_path, step, ARRAYS, **keywords)
     assert os.listdir(tmp_path) == []
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_the_new_one_is_there(tmp_path):
+    (tmp_path / "checkpoint-1.npz").mkdir()
+    with pytest.raises(CheckpointError, match=r"checkpoint-5.npz: complete, .* '.*checkpoint-1"):
+        checkpoints.save(tmp_path, 5, ARRAYS, keep=1)
+    assert checkpoints.load(tmp_path / "checkpoint-5.npz").arrays.keys() == ARRAYS.keys()
 
 
 def damage(data: bytes, other: bytes, draw: random.Random) -> bytes:

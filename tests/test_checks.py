@@ -106,6 +106,10 @@ WRONG = {
     "readout of another H": (
         lambda: jaxrnn.readout(PARAMS, zeros(T, 9)), ValueError, r"hs: expected shape \(7, 5\)"
     ),
+    "readout of one vector": (
+        lambda: jaxrnn.readout(PARAMS._replace(W_y=zeros(H)), zeros(T, H)),
+        ValueError, r"params.W_y: expected rank 2, got shape \(5,\)",
+    ),
     "readout of a dict": (
         lambda: jaxrnn.readout({}, zeros(T, H)), TypeError, r"params.W_y: .* an array, got NoneType"
     ),
@@ -207,6 +211,9 @@ WRONG = {
     "error of one shape": (
         bptt(loss=jaxrnn.cross_entropy._replace(error=lambda y, target: y.sum(axis=(0, 1)))),
         ValueError, r"loss.error: expected shape \(7, 4, 2\) .*got \(2,\)",
+    ),
+    "windows of unequal T": (
+        lambda: jaxrnn.windows(Batch(XS, LABELS[:3]), 2), ValueError, r"targets: .*got \(3, 4\)"
     ),
     "windows of bool": (lambda: list(jaxrnn.windows(BATCH, True)), TypeError, r"length: .* True"),
     "evaluate, number": (evaluate([3]), TypeError, r"batches\[0\]: expected Batch.*got int"),

@@ -244,3 +244,9 @@ def test_a_wrong_drive_is_an_error(drive, error, message):
             call()
     with pytest.raises(ValueError, match=r"drive: expected shape \(5,\)"):
         jaxrnn.step(params, jnp.zeros(5), jnp.ones(3), drive=jnp.ones(3))
+
+
+def test_a_leak_that_the_dtype_of_the_parameters_rounds_to_0_is_an_error():
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
+    with pytest.raises(ValueError, match=r"^leak: expected .*, got 0.0 in float16"):
+        jaxrnn.hidden_states(params, jnp.ones((4, 3)), leak=1e-8)

@@ -252,6 +252,20 @@ def test_an_epoch_without_an_applied_update_changes_neither_best_nor_patience(pa
         fit(max_epochs=9, resume=result)
 
 
+@pytest.mark.parametrize("skipped", [1, 3])
+def test_the_best_epoch_after_epochs_without_an_applied_update(skipped, params):
+    epochs = [spoilt(4, {0, 1, 2, 3} if epoch < skipped else {}) for epoch in range(skipped + 2)]
+    with pytest.warns(UserWarning, match="4 of the 4 updates"):
+        result = jaxrnn.fit(
+            jax.random.key(0), params, Cycle(*epochs), optimizer=optax.adam(1e-2),
+            gradient_fn=spoiling, max_skipped=40, max_epochs=skipped + 2,
+        )  # fmt: skip
+    losses = [row.valid_loss for row in result.history]
+    assert np.isnan(losses).tolist() == [True] * skipped + [False] * 2
+    assert losses[-1] < losses[-2]
+    np.testing.assert_array_equal(result.best.W_h, result.state.params.W_h)
+
+
 class Cycle:
     """Different batches in each epoch."""
 

@@ -43,6 +43,11 @@ def test_an_update_whose_state_float16_cannot_hold_is_skipped():
         assert all(changed) if skipped == 0 else not any(changed)
 
 
+def test_sgd_keeps_the_dtype_of_the_parameters():
+    new = jaxrnn.sgd({"w": jnp.ones(2, jnp.bfloat16)}, {"w": jnp.ones(2, jnp.float32)}, 0.5)
+    assert (new["w"].dtype, new["w"].tolist()) == (jnp.bfloat16, [0.5, 0.5])
+
+
 def test_a_state_of_float32_may_be_infinite(batch):
     """Only the numbers of float16 leave its range in an ordinary run."""
 

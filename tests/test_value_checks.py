@@ -185,3 +185,9 @@ def test_the_derivatives_of_the_activations_pass_their_check(name):
 def test_a_df_that_is_not_the_derivative_of_f_is_named(activation):
     with pytest.raises(ValueError, match=r"^activation.df: expected f'\(z\) = .* at z = "):
         jaxrnn.check_values(PARAMS, BATCH, activation=activation)
+
+
+@pytest.mark.parametrize("f", [lambda z: z - z.mean(), lambda z: z / jnp.linalg.norm(z)])
+def test_an_f_that_is_not_elementwise_is_named(f):
+    with pytest.raises(ValueError, match=r"^activation.f: expected an elementwise function, got"):
+        jaxrnn.check_values(PARAMS, BATCH, activation=Activation(f))
