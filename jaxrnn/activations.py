@@ -1,6 +1,7 @@
 """The activation f of the hidden units, and its derivative f'."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -49,23 +50,26 @@ def check_activation(activation: Any, dtype: DTypeLike) -> None:
 
 
 def _check_elementwise(name: str, function: Callable[[Array], Array], dtype: DTypeLike) -> None:
-    z = jax.ShapeDtypeStruct((1, 2), dtype)
-    value = jax.eval_shape(function, z)
-    checks.check_shape(name, value, z.shape, "elementwise")
-    if value.dtype != z.dtype:
-        raise TypeError(f"{name}: expected dtype {z.dtype}, got {value.dtype}")
+    zs = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 2), ())]
     try:
-        jax.eval_shape(function, jax.ShapeDtypeStruct((), dtype))
-    except Exception as error:  # softmax, a sort: whatever reads an axis
+        value, _ = (jax.eval_shape(function, z) for z in zs)
+    except Exception as error:  # softmax and others that read an axis fail for one number
         raise ValueError(
-            f"{name}: expected an elementwise function, got {function!r}, which fails for one "
-            f"number: {error}"
+            f"{name}: expected an elementwise function, got {function!r}, which fails: {error}"
         ) from error
+    checks.check_shape(name, value, zs[0].shape, "elementwise")
+    if value.dtype != zs[0].dtype:
+        raise TypeError(f"{name}: expected dtype {zs[0].dtype}, got {value.dtype}")
 
 
 def has_traced_values(activation: Activation, dtype: DTypeLike) -> bool:
     """Whether f depends on values that are being traced, such as a slope that is learned."""
-    _, traced = jax.closure_convert(activation.f, jax.ShapeDtypeStruct((1, 2), dtype))
+    f: Any = activation.f
+    try:
+        hash(f)
+    except TypeError:  # such as a dataclass: JAX keeps what it traces by the function
+        f = partial(activation.f)
+    _, traced = jax.closure_convert(f, jax.ShapeDtypeStruct((1, 2), dtype))
     return bool(traced)
 
 

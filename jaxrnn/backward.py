@@ -102,9 +102,11 @@ def block_output(params: Params, block: Batch, hs: Array, loss: Loss) -> Output:
     hs_y, targets = (where_exists(block.mask, leaf) for leaf in (hs, block.targets))
     weights = step_weights(block, dtype)
     ys = readout(params, hs_y).astype(dtype)
-    value = (weights * loss.value(ys, targets)).sum()
+    values = weights * loss.value(ys, targets).astype(dtype)
     dys = (weights[..., None] * loss.error(ys, targets)).astype(hs.dtype)
-    return value, dys @ params.W_y, output_sums(block, hs, dys, dtype)
+    # Where no step exists, a loss may be infinite: 0 times it is NaN.
+    values, dys = (where_exists(block.mask, leaf) for leaf in (values, dys))
+    return values.sum(), dys @ params.W_y, output_sums(block, hs, dys, dtype)
 
 
 def block_output_if_any(params: Params, block: Batch, hs: Array, loss: Loss) -> Output:

@@ -67,7 +67,8 @@ def output_errors(
     ys_dot = readout(v, hs) + h_dots @ network.params.W_y.T  # y_dot_t = V_y h_t + v_y + W_y h_dot_t
     ys_dot = ys_dot.astype(ys.dtype)
     dys: Array = jax.jvp(lambda ys: network.loss.error(ys, targets), (ys,), (ys_dot,))[1]
-    return (step_weights(block, ys.dtype)[..., None] * dys).astype(hs.dtype)
+    weighted = (step_weights(block, ys.dtype)[..., None] * dys).astype(hs.dtype)
+    return where_exists(block.mask, weighted)
 
 
 def block_transpose(

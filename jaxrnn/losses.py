@@ -160,4 +160,5 @@ def mean_loss(ys: Array, batch: Batch, loss: Loss = cross_entropy) -> Array:
         where_exists(batch.mask, ys.astype(dtype)),
         where_exists(batch.mask, batch.targets),
     )
-    return (mean_weights(batch, dtype) * loss.value(ys, targets)).sum()
+    values = mean_weights(batch, dtype) * loss.value(ys, targets).astype(dtype)
+    return where_exists(batch.mask, values).sum()

@@ -63,7 +63,7 @@ def readout(params: Params, hs: Array) -> Array:
     checks.check_shape("params.b_y", params.b_y, params.W_y.shape[:1], "O of W_y")
     checks.check_float_array("hs", hs)
     checks.check_shape("hs", hs, (*hs.shape[:-1], params.W_y.shape[1]), "..., H of W_y")
-    return add_bias(hs @ params.W_y.T, params.b_y)
+    return add_bias(jnp.asarray(hs) @ jnp.asarray(params.W_y).T, params.b_y)
 
 
 def select_rows(W: Array, tokens: Array) -> Array:

@@ -32,7 +32,7 @@ def mask_from_lengths(lengths: Array, T: int) -> Array:
     """
     _check_lengths(lengths, T)
     steps = jnp.arange(T).reshape(T, *(1 for _ in lengths.shape))
-    return steps < lengths[None]
+    return steps < lengths[None].astype(jnp.int32)
 
 
 def _check_lengths(lengths: Any, T: Any) -> None:

@@ -171,7 +171,7 @@ def stream_gradient(
         new = Stream(leaky(leak, h_before, f_z), J)
         stream = jax.tree.map(partial(hold, now.mask), new, stream)
         counted = stream._replace(h=where_exists(now.mask, stream.h))
-        step_sums = step_gradient(params, counted, target, weight, influence, loss)
+        step_sums = step_gradient(params, counted, target, weight, now.mask, influence, loss)
         return (stream, jax.tree.map(jnp.add, sums, step_sums)), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
@@ -184,16 +184,23 @@ def stream_gradient(
 
 
 def step_gradient(
-    params: Params, stream: Stream, target: Array, weight: Array, influence: Influence, loss: Loss
+    params: Params,
+    stream: Stream,
+    target: Array,
+    weight: Array,
+    mask: Array | None,
+    influence: Influence,
+    loss: Loss,
 ) -> tuple[Array, Params]:
     """The loss of one step and its gradient, summed over the batch."""
     h, J = stream
     dtype, I = at_least_float32(h.dtype), params.W_x.shape[1]
     y = readout(params, h).astype(dtype)
-    value = (weight * loss.value(y, target)).sum()
+    values = weight * loss.value(y, target).astype(dtype)
     dy = (weight[..., None] * loss.error(y, target)).astype(h.dtype)
+    values, dy = (where_exists(mask, leaf) for leaf in (values, dy))
     dtheta = influence.contract(J, dy @ params.W_y, dtype)
-    return value, Params(
+    return values.sum(), Params(
         W_x=dtheta[:, :I],
         W_h=dtheta[:, I:-1],
         W_y=outer_sum(dy, h, dtype),

@@ -10,7 +10,7 @@ BACKWARD = {
     "f' of another quantity": ("derivatives(activation, leak, hs, fs, partial",
                                 "derivatives(activation, leak, dhs_y, fs, partial"),
     "W_h transposed": ("dz @ W_h", "dz @ W_h.T"),
-    "W_y transposed": ("value, dys @ params.W_y,", "value, dys @ params.W_y.T,"),
+    "W_y transposed": ("dys @ params.W_y, output", "dys @ params.W_y.T, output"),
     "dW_h transposed": ("outer_sum(dzs, hs_before, dtype)",
                         "outer_sum(dzs, hs_before, dtype).T"),
     "forward in time": ("dh_next, inputs, reverse=True)", "dh_next, inputs)"),
@@ -59,9 +59,9 @@ BACKWARD = {
         "hold(valid, unless_reset(reset_t, dh_before), dh_next)",
     ),
     "state of a step of the second block": ("at_step(last, states[0]), (", "states[0][-1], ("),
-    "h_t before a block": ("stored_at(start - 1, *first)", "stored_at(start, *first)"),
-    "states before shared steps": ("steps_from(stored_at(start, *first)", "steps_from(start"),
-    "state before shared steps": ("stored_at(start - 1, *first)", "(start - 1)"),
+    "h_t before a block": ("stored_at(start - 1, *own_shared)", "stored_at(start, *own_shared)"),
+    "states before shared steps": ("steps_from(stored_at(start, *own_shared)", "steps_from(start"),
+    "state before shared steps": ("stored_at(start - 1, *own_shared)", "(start - 1)"),
     "state after shared steps": ("jnp.where(t < own, t,", "jnp.where(t < own - 1, t,"),
     "every block from the first state": (
         "h, states = saved\n", "h, states = saved\n        h = h_0\n"
@@ -86,7 +86,7 @@ FORWARD = {
         "return unless_reset(reset_t, h), (h, None",
     ),
     "b_h forgotten": ("add_bias(zs_x, params.b_h)", "zs_x"),
-    "b_y forgotten": ("hs @ params.W_y.T, params.b_y)", "hs @ params.W_y.T, 0 * params.b_y)"),
+    "b_y forgotten": ("params.W_y).T, params.b_y)", "params.W_y).T, 0 * params.b_y)"),
 }  # fmt: skip
 
 TANGENT = {

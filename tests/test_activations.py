@@ -91,6 +91,7 @@ def test_the_gradient_by_a_learned_slope_is_that_of_the_plain_scan(compile):
             "activation.f: expected a function of JAX arrays, got",
         ),
         (Activation(jnp.sum), r"activation.f: expected shape \(1, 2\) \(elementwise\), got \(\)"),
+        (Activation(lambda z: z * jnp.ones(4)), "activation.f: expected an elementwise function"),
         (Activation(jax.nn.softmax), "activation.f: expected an elementwise function, got"),
         (Activation(jnp.tanh, jnp.sort), "activation.df: expected an elementwise function, got"),
         (Activation(jnp.tanh, lambda h: 1.0), "activation.df: expected shape"),
@@ -113,3 +114,21 @@ def test_activations_and_losses_can_be_pickled(name):
     assert pickle.loads(pickle.dumps(value)) == value
     bound = partial(jaxrnn.bptt, **{"activation" if len(value) == 2 else "loss": value})
     assert pickle.loads(pickle.dumps(bound)).keywords == bound.keywords
+
+
+class Leaky:
+    """A function that cannot be hashed."""
+
+    __hash__ = None
+
+    def __call__(self, z):
+        return jnp.where(z > 0, z, 0.1 * z)
+
+
+def test_an_activation_that_cannot_be_hashed_works():
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
+    batch = Batch(jnp.ones((7, 2, 3)), jnp.zeros((7, 2), int))
+    leaky = Activation(Leaky())
+    by_autodiff = jax.grad(jaxrnn.sequence_loss, has_aux=True)(params, batch, activation=leaky)[0]
+    by_hand = jaxrnn.bptt(params, batch, activation=leaky)[1]
+    np.testing.assert_allclose(by_hand.W_h, by_autodiff.W_h, rtol=1e-4, atol=1e-6)

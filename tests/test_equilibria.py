@@ -224,9 +224,9 @@ H, X = np.zeros((3, 4), np.float32), np.zeros(2, np.float32)
         ({"tolerance": 0.0}, "tolerance: expected above 0 and finite, got 0.0"),
         ({"tolerance": float("nan")}, "tolerance: expected above 0 and finite, got nan"),
         ({"tolerance": float("inf")}, "tolerance: expected above 0 and finite, got inf"),
-        ({"leak": 0.0}, r"leak: expected values in \(0, 1\], got 0.0"),
-        ({"leak": 1.5}, r"leak: expected values in \(0, 1\], got 1.5"),
-        ({"leak": float("nan")}, r"leak: expected values in \(0, 1\], got nan"),
+        ({"leak": 0.0}, r"leak: expected values in \(0, 1\], got 0.0 in float32"),
+        ({"leak": 1.5}, r"leak: expected values in \(0, 1\], got 1.5 in float32"),
+        ({"leak": float("nan")}, r"leak: expected values in \(0, 1\], got nan in float32"),
         ({"leak": np.ones(3)}, r"leak: expected a scalar or shape \(4,\) .*, got \(3,\)"),
     ],
 )

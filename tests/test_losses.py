@@ -1,5 +1,7 @@
 """The losses against their formulas, autodiff and optax."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 import jaxrnn
+from jaxrnn import Batch, Loss
 from tests.reference import LOSSES, oracle_step_loss
 
 
@@ -92,3 +95,52 @@ def test_labels_of_8_bits_equal_labels_of_32(dtype):
     y, labels = jax.random.normal(jax.random.key(0), (3, 300)), jnp.array([5, 44, 127])
     for function in (jaxrnn.cross_entropy.value, jaxrnn.cross_entropy.error):
         assert jnp.array_equal(function(y, labels.astype(dtype)), function(y, labels))
+
+
+def _deviance(y, target):
+    """Poisson; NaN for the target 0 of a step that does not exist."""
+    return (jnp.exp(y) - target * y + target * jnp.log(target) - target).sum(-1)
+
+
+def _deviance_error(y, target):
+    return jnp.exp(y) - target + 0 * jnp.log(target)
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        jaxrnn.bptt,
+        jaxrnn.rtrl,
+        jax.value_and_grad(jaxrnn.sequence_loss, has_aux=True),
+        lambda params, batch, **options: (
+            jaxrnn.sequence_loss(params, batch, **options),
+            jaxrnn.gauss_newton_product(params, batch, params, **options),
+        ),
+    ],
+    ids=["bptt", "rtrl", "sequence_loss", "gauss_newton"],
+)
+def test_a_loss_may_be_infinite_where_no_step_exists(gradient):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    whole = Batch(jnp.ones((7, 4, 3)), jnp.ones((7, 4, 2)))
+    padded = whole._replace(mask=jnp.ones((7, 4), bool).at[5:].set(False))
+    short = jax.tree.map(lambda leaf: leaf[:5], whole)
+    loss = Loss(jnp.exp, _deviance, _deviance_error)
+    got, expected = (gradient(params, batch, loss=loss) for batch in (padded, short))
+    for leaf, like in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, like, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("gradient_fn", [jaxrnn.bptt, jaxrnn.rtrl])
+def test_a_loss_may_be_of_a_wider_dtype_than_the_parameters(gradient_fn):
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float32)
+    batch = Batch(jnp.ones((1000, 4, 3), jnp.float32), jnp.ones((1000, 4, 2), jnp.float32))
+    wide = Loss(*(partial(_widened, function) for function in jaxrnn.squared_error))
+    (value, _), grads = gradient_fn(params, batch, loss=wide)
+    (expected, _), _ = gradient_fn(params, batch, loss=jaxrnn.squared_error)
+    assert (value.dtype, grads.W_h.dtype) == (jnp.float32, jnp.float32)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def _widened(function, *arguments):
+    return function(*arguments).astype(jnp.float64)
