@@ -23,8 +23,8 @@ class Batch(NamedTuple):
         counted, and the values of xs and targets are never read.
       reset: (T, *batch) bool, step t is the first of a new sequence: h_{t-1} is replaced by zeros.
         Ignored where the mask is False.
-      weights: (T, *batch) float, at least 0: the weight of step t in the loss, which must be finite
-        also where it is 0.
+      weights: (T, *batch) float, at least 0: the weight of step t in the loss. The loss of a step
+        that exists must be finite, also where its weight is 0.
       drive: (T, *batch, H) float, added to z_t: noise, a perturbation, an embedding. Never read
         where the mask is False.
     """

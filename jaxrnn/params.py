@@ -70,8 +70,8 @@ def check_leak(leak: Any, params: Params) -> None:
         raise ValueError(f"leak: expected a scalar or shape ({H},) (H of W_h), got {shape}")
     if not isinstance(leak, jax.core.Tracer):
         dtype = params.W_h.dtype
-        values = np.atleast_1d(np.asarray(leak).astype(dtype))
-        wrong = values[~((values > 0) & (values <= 1))]
+        values = np.atleast_1d(np.asarray(leak, np.float64))
+        wrong = values[~((values.astype(dtype) > 0) & (values <= 1))]
         if wrong.size:
             raise ValueError(f"leak: expected values in (0, 1], got {wrong[0]} in {dtype}")
 

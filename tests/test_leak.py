@@ -246,7 +246,8 @@ def test_a_wrong_drive_is_an_error(drive, error, message):
         jaxrnn.step(params, jnp.zeros(5), jnp.ones(3), drive=jnp.ones(3))
 
 
-def test_a_leak_that_the_dtype_of_the_parameters_rounds_to_0_is_an_error():
+@pytest.mark.parametrize("leak", [1e-8, 1.0001])
+def test_a_leak_that_float16_rounds_to_0_or_from_above_1_is_an_error(leak):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
-    with pytest.raises(ValueError, match=r"^leak: expected .*, got 0.0 in float16"):
-        jaxrnn.hidden_states(params, jnp.ones((4, 3)), leak=1e-8)
+    with pytest.raises(ValueError, match=rf"^leak: expected .*, got {leak} in float16"):
+        jaxrnn.hidden_states(params, jnp.ones((4, 3)), leak=leak)
