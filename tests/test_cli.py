@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import os
-import random
 import re
 import signal
 import subprocess
@@ -194,10 +193,10 @@ def test_importing_the_experiments_leaves_the_signals_alone():
 
 
 @pytest.mark.usefixtures("usual_signals")
-def test_an_own_process_leaves_an_interrupt_to_the_command():
-    with cli.own_process(random.seed, 3) as process:
+def test_an_own_process_leaves_an_interrupt_to_the_command(tmp_path):
+    with cli.own_process(os.chdir, tmp_path) as process:
         assert process.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
-        assert process.submit(random.random).result() == random.Random(3).random()
+        assert process.submit(os.getcwd).result() == str(tmp_path.resolve())
         assert process.submit(os.getpid).result() != os.getpid()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
