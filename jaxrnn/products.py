@@ -83,7 +83,7 @@ def add_bias(products: Array, b: Array) -> Array:
 
 def per_unit(v: Array, hs: Array) -> Array:
     """v with leading axes of size 1, so that it broadcasts over hs by strict rules."""
-    return v.reshape((1,) * (hs.ndim - v.ndim) + v.shape)
+    return v if v.ndim == 0 else v.reshape((1,) * (hs.ndim - v.ndim) + v.shape)
 
 
 class Elementwise(NamedTuple):
