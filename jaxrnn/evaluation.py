@@ -16,6 +16,8 @@ from jaxrnn.gradients import PyTree, value_dtype
 LossFn = Callable[..., tuple[Array, Any]]
 """(params, batch, h) -> (value, h_T)."""
 
+_NO_STEP = "expected at least one step that counts, got none"
+
 
 def value_state_count(
     loss_fn: LossFn, params: PyTree, batch: Batch, h: PyTree
@@ -38,6 +40,15 @@ def check_batches(name: str, data: Any) -> None:
         raise TypeError(f"{name}: expected a Batch or an iterable of them, got {data!r}")
 
 
+def check_evaluation(
+    name: str, compiled: Callable[..., Any], params: PyTree, h_0: PyTree, batch: Batch
+) -> None:
+    """Raises what `mean_over_batches` of one batch would raise, without evaluating it."""
+    jax.eval_shape(compiled, params, batch, h_0)
+    if not step_weights(batch, value_dtype(params)).any():
+        raise ValueError(f"{name}: {_NO_STEP}")
+
+
 def mean_over_batches(
     name: str,
     compiled: Callable[[PyTree, Batch, PyTree], tuple[Array, PyTree, Array]],
@@ -55,7 +66,7 @@ def mean_over_batches(
             total, count = total + value.item() * steps, count + steps
         h = None if h_0 is None else h_T
     if count == 0:
-        raise ValueError(f"{name}: expected at least one step that counts, got none")
+        raise ValueError(f"{name}: {_NO_STEP}")
     return total / count
 
 

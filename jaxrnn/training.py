@@ -15,6 +15,7 @@ from jaxrnn import checks
 from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch, steps_shape
 from jaxrnn.epochs import (
+    check_named,
     check_once,
     compile_functions,
     count_skipped,
@@ -22,7 +23,7 @@ from jaxrnn.epochs import (
     mean_loss_of_updates,
     raise_if_diverged,
 )
-from jaxrnn.evaluation import check_batches, mean_over_batches
+from jaxrnn.evaluation import check_batches, check_evaluation, mean_over_batches
 from jaxrnn.gradients import GradientFn, PyTree
 from jaxrnn.update import Optimizer, TrainState, init_state
 from jaxrnn.value_checks import check_values
@@ -145,6 +146,10 @@ def fit(
     evaluates_train = valid is None and isinstance(train, Sequence)
     train = check_once("train", check, train)
     held_out = train if evaluates_train else check_once("valid", check, valid)
+    evaluated = "train" if valid is None else "valid"
+    if isinstance(held_out, Batch):
+        evaluation = partial(check_evaluation, evaluated, compiled.evaluate, state.params, h_0)
+        check_named(evaluated, evaluation, held_out)
     run_epoch = epoch_runner(compiled, key, train, batch_size, h_0, max_skipped)
 
     norms: list[float] = []
@@ -159,8 +164,9 @@ def fit(
             raise_if_diverged(metrics, state.step.item(), norms, max_skipped)
             train_loss = valid_loss = mean_loss_of_updates(metrics).item()
             if held_out is not None:
-                name = "train" if valid is None else "valid"
-                valid_loss = mean_over_batches(name, compiled.evaluate, state.params, held_out, h_0)
+                valid_loss = mean_over_batches(
+                    evaluated, compiled.evaluate, state.params, held_out, h_0
+                )
             skipped = count_skipped(metrics, state.step.item())
             row = Evaluation(epoch, train_loss, valid_loss, skipped)
             result = _extend(result, state, row, patience, tolerance)
