@@ -1,7 +1,6 @@
 """Text drawn from a trained character model.
 
-h, y = the state and output after the prompt
-x_t  ~ softmax(y_t / temperature)          h_t, y_{t+1} = step(h_{t-1}, x_t)
+x_{t+1} ~ softmax(y_t / temperature)        h_{t+1}, y_{t+1} = step(h_t, x_{t+1})
 """
 
 import json

@@ -4,8 +4,8 @@
     y_t = W_y h_t + b_y                      y_hat_t = g(y_t)
 
     dy_t = y_hat_t - target_t                                                 losses.py
-    dh_t = W_y^T dy_t + W_h^T dz_{t+1}       dz_t = f'(z_t) * dh_t            backward.py
-    dW_y = sum dy_t h_t^T    dW_x = sum dz_t x_t^T    dW_h = sum dz_t h_{t-1}^T
+    dh_t = W_y^T dy_t + W_h^T dz_{t+1}       dz_t = f'(z_t) * dh_t            recurrence.py
+    dW_y = sum dy_t h_t^T    dW_x = sum dz_t x_t^T    dW_h = sum dz_t h_{t-1}^T    backward.py
     db_y = sum dy_t          db_h = sum dz_t
 
     theta <- theta - eta dtheta                                               update.py
@@ -25,7 +25,7 @@ from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch
 from jaxrnn.curvature import gauss_newton_product
 from jaxrnn.dynamics import Flow, gradient_flow
-from jaxrnn.equilibria import FixedPoints, distinct, fixed_points, stability
+from jaxrnn.equilibria import FixedPoints, Stability, distinct, fixed_points, stability
 from jaxrnn.evaluation import evaluate
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
 from jaxrnn.gradients import reparametrized
@@ -54,6 +54,7 @@ __all__ = [
     "Loss",
     "Metrics",
     "Params",
+    "Stability",
     "TrainState",
     "binary_cross_entropy",
     "bptt",

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxrnn import checks
+from jaxrnn.sharding import full_as
 
 
 class Activation(NamedTuple):
@@ -60,6 +61,11 @@ def _check_elementwise(name: str, function: Callable[[Array], Array], dtype: DTy
     checks.check_shape(name, value, zs[0].shape, "elementwise")
     if value.dtype != zs[0].dtype:
         raise TypeError(f"{name}: expected dtype {zs[0].dtype}, got {value.dtype}")
+
+
+def autodiff_f_prime(f: Callable[[Array], Array], z: Array) -> Array:
+    """f'(z) of an elementwise f."""
+    return jnp.asarray(jax.jvp(f, (z,), (full_as(z, 1),))[1])
 
 
 def has_traced_values(activation: Activation, dtype: DTypeLike) -> bool:

@@ -203,9 +203,9 @@ def bptt(
       leak: alpha in (0, 1], a scalar or (H,); None is 1. It gets no gradient, as h_0.
       loss: g and its loss.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
-        forward pass, and memory proportional to T/K + K instead of T. The distance is the divisor
-        of T nearest to K, between K/2 and 2 K; without one, a number near K. None stores all
-        states, as a symbolic T of `jax.export` does.
+        forward pass, and memory proportional to T/K + K instead of T. The spacing is the divisor of
+        T nearest to K by ratio, between K/2 and 2 K; if there is none, a number near K. None stores
+        all states, as a symbolic T of `jax.export` does.
       loop: what runs the steps, such as `kernels.loop`.
 
     Returns:
@@ -233,7 +233,7 @@ def bptt(
     T = batch.xs.shape[0]
     if T == 0:
         return (jnp.zeros((), dtype), h_0), jax.tree.map(jnp.zeros_like, params)
-    if checkpoint_every:
+    if checkpoint_every is not None:
         K = K_forward = near_divisor(T, checkpoint_every)
     else:
         K = block_steps(params, batch, loop is not scan)

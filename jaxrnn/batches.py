@@ -19,14 +19,12 @@ class Batch(NamedTuple):
       xs: (T, *batch, I) numbers, or (T, *batch) integer tokens, which stand for one-hot inputs.
         Integers are always tokens: convert integer features, `xs.astype(jnp.float32)`.
       targets: (T, *batch, O), or (T, *batch) integer labels.
-      mask: (T, *batch) bool, step t exists. Where it is False, the state is held, the loss is not
-        counted, and the values of xs and targets are never read.
+      mask: (T, *batch) bool, step t exists. Where it is False, the state is held, the step has no
+        loss, and no other field is read.
       reset: (T, *batch) bool, step t is the first of a new sequence: h_{t-1} is replaced by zeros.
-        Ignored where the mask is False.
       weights: (T, *batch) float, at least 0: the weight of step t in the loss. The loss of a step
         that exists must be finite, also where its weight is 0.
-      drive: (T, *batch, H) float, added to z_t: noise, a perturbation, an embedding. Never read
-        where the mask is False.
+      drive: (T, *batch, H) float, added to z_t: noise, a perturbation, an embedding.
     """
 
     xs: Array
@@ -174,18 +172,18 @@ def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:
     check_is_batch(batch)
     xs, targets, mask, reset, weights, drive = batch
     check_sequence(params, xs, h_0, drive, mask, reset, targets, weights)
-    shape, O = steps_shape(batch.xs), "O" if params is None else params.W_y.shape[0]
-    checks.check_array("targets", batch.targets)
-    if not jnp.issubdtype(batch.targets.dtype, jnp.number) and batch.targets.dtype != jnp.bool_:
-        raise TypeError(f"targets: expected numbers, got {batch.targets.dtype}")
-    if batch.targets.shape[: len(shape)] != shape:
+    shape, O = steps_shape(xs), "O" if params is None else params.W_y.shape[0]
+    checks.check_array("targets", targets)
+    if not jnp.issubdtype(targets.dtype, jnp.number) and targets.dtype != jnp.bool_:
+        raise TypeError(f"targets: expected numbers, got {targets.dtype}")
+    if targets.shape[: len(shape)] != shape:
         raise ValueError(
             f"targets: expected shape {shape} or {(*shape, O)}, one target for each step of xs, "
-            f"got {batch.targets.shape}"
+            f"got {targets.shape}"
         )
-    if batch.weights is not None:
-        checks.check_float_array("weights", batch.weights)
-        checks.check_shape("weights", batch.weights, shape, "T, *batch as in xs")
+    if weights is not None:
+        checks.check_float_array("weights", weights)
+        checks.check_shape("weights", weights, shape, "T, *batch as in xs")
 
 
 def fits_as_numbers(params: Params | None, batch: Batch, h_0: Any) -> bool:

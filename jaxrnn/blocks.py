@@ -58,7 +58,7 @@ def forward_steps(T: int, K: int, h_0: Array) -> int:
 
 
 def near_divisor(T: int, K: int) -> int:
-    """The divisor of T nearest to min(K, T), within a factor of two.
+    """The divisor of T nearest to min(K, T) by ratio, within a factor of two.
 
     If there is none, a number near K whose blocks share few steps.
 
@@ -122,8 +122,8 @@ def scan_blocks(
         if T % K == 0:
             return body(carry, block, None, saved)
         last = jnp.where(k == 0, T % K, K) - 1
-        ones = ones_per_step(block.xs, jnp.float32)
-        weights = ones if block.weights is None else block.weights
+        weights = block.weights
+        weights = ones_per_step(block.xs, jnp.float32) if weights is None else weights
         return body(carry, block._replace(weights=own_steps(weights, last)), last, saved)
 
     return lax.scan(scan_body, carry, (np.arange(n), saved), reverse=reverse)

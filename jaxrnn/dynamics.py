@@ -66,7 +66,7 @@ def gradient_flow(
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> batch = Batch(xs=jnp.ones((7, 4, 3)), targets=jnp.zeros((7, 4), int))
     >>> flow = gradient_flow(params, batch)
-    >>> (_, _), grads = jaxrnn.bptt(params, batch)
+    >>> _, grads = jaxrnn.bptt(params, batch)
     >>> bool(jnp.allclose(flow.dzs.sum(axis=(0, 1)), grads.b_h, atol=1e-6))
     True
     """

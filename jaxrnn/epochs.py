@@ -47,15 +47,10 @@ def _cached(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
     def loss_fn(params: PyTree, batch: Batch, h: PyTree) -> Any:
         return call_gradient(gradient_fn, params, batch, h)[0]  # XLA removes the gradient
 
-    def epoch(
-        state: TrainState, train: Batch, key: Array, batch_size: int
-    ) -> tuple[TrainState, Metrics]:
-        return shuffled_epoch(update, state, train, key, batch_size)
-
     # The state is not donated, because a callback may hold the result before the epoch.
     return Compiled(
         update,
-        jax.jit(epoch, static_argnums=3),
+        jax.jit(partial(shuffled_epoch, update), static_argnums=3),
         jax.jit(partial(value_state_count, loss_fn)),
     )
 
@@ -191,7 +186,7 @@ def check_named(name: str, check: Callable[[Batch], None], batch: Batch) -> None
 
 
 def check_once(name: str, check: Callable[[Batch], None], data: Any) -> Any:
-    """The same data. A Batch is checked at once, an iterable while it is first iterated."""
+    """The same data. A Batch is checked now, an iterable during its first pass."""
     if isinstance(data, Batch):
         check_named(name, check, data)
     if data is None or isinstance(data, Batch):

@@ -29,7 +29,7 @@ STEP_SIZES = 0.5 ** np.arange(10)
 """Multiples of a step that are tried, the largest first."""
 
 SUFFICIENT = 1e-4
-"""The share of the fall in q that its gradient predicts, which a step must reach (Armijo 1966)."""
+"""A step lowers q by at least this share of what the gradient of q predicts (Armijo 1966)."""
 
 
 class FixedPoints(NamedTuple):
@@ -89,13 +89,13 @@ def fixed_points(
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
       steps: the number of steps at most.
-      tolerance: the highest q that counts as converged; in float32, at least 5e-15 H.
+      tolerance: the highest q that counts as converged; float32 rounds q to about 5e-15 H.
 
     Returns:
       FixedPoints, in the order of the starts and in the parameters' dtype. Many are duplicates,
-      which `distinct` removes, together with points that have not converged. Where nothing is left,
-      their q tells why, which is the speed without a leak: if it is slightly above the tolerance,
-      more steps or float64 help; if far above it, other starts.
+      which `distinct` removes, together with points that have not converged. If no point
+      is left, look at q, the speed without a leak: slightly above the tolerance, more steps or
+      float64 help; far above it, other starts.
 
     Raises:
       TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.

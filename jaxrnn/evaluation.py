@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxrnn.batches import Batch, check_is_batch, step_weights
 from jaxrnn.forward import sequence_loss
 from jaxrnn.gradients import PyTree, value_dtype
 
-LossFn = Callable[..., tuple[Array, Any]]
+LossFn: TypeAlias = Callable[..., tuple[Array, Any]]
 """(params, batch, h) -> (value, h_T)."""
 
 _NO_STEP = "expected at least one step that counts, got none"

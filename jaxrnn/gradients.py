@@ -1,4 +1,4 @@
-"""The gradient functions that training takes: `bptt`, every function like it, other parameters."""
+"""Gradient functions: their type, the check of what they return, and reparametrisation."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -42,7 +42,7 @@ def call_gradient(
     result: Any = gradient_fn(params, batch, h, **keywords)
     match result:
         case ((value, h_T), grads) if checks.is_scalar(value):
-            if _alike(grads, params) and (h is None or _alike(h_T, h)):
+            if alike(grads, params) and (h is None or alike(h_T, h)):
                 return (value, h_T), grads
     expected = (((), "h_T" if h is None else _shapes(h)), _shapes(params))
     raise TypeError(
@@ -50,12 +50,12 @@ def call_gradient(
     )
 
 
-def _alike(tree: PyTree, like: PyTree) -> bool:
-    """Whether two pytrees have the same structure and shapes."""
+def alike(tree: PyTree, like: PyTree, kind: Callable[[Any], Any] = jnp.shape) -> bool:
+    """Whether two pytrees have the same structure, and leaves of the same kind."""
     structures: list[Any] = [jax.tree.structure(tree), jax.tree.structure(like)]
-    if structures[0] != structures[1]:
+    if structures[0] != structures[1]:  # a leaf of another structure may have no shape
         return False
-    return jax.tree.all(jax.tree.map(lambda a, b: jnp.shape(a) == jnp.shape(b), tree, like))
+    return jax.tree.all(jax.tree.map(lambda a, b: kind(a) == kind(b), tree, like))
 
 
 def _shapes(tree: PyTree) -> PyTree:
@@ -85,11 +85,11 @@ def value_fn(
 def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree]) -> GradientFn:
     """The gradient with respect to theta, where params = to_params(theta).
 
-        dtheta = (dparams / dtheta)^T dL/dparams
+        dtheta = J^T dparams        J = the Jacobian of to_params at theta
 
     Constraints that hold at every update, such as signs (Dale's law), sparsity, frozen or low-rank
-    weights, are functions of an unconstrained theta. `gradient_fn` gives dL/dparams, once, and the
-    chain rule the rest, outside the loop over time.
+    weights, are functions of an unconstrained theta. `gradient_fn` is called once, for dparams. The
+    chain rule is applied outside the loop over time.
 
     Args:
       gradient_fn: (params, batch, h) -> ((value, h_T), grads): `bptt` or a function like it.

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxrnn import checks
 from jaxrnn.params import Params
 from jaxrnn.products import per_unit
+from jaxrnn.recurrence import carried
 from jaxrnn.sharding import full_as, replicated
 
 
@@ -43,11 +44,6 @@ class Influence(NamedTuple):
     advance: Callable[..., Any]
     contract: Callable[[Any, Array, DTypeLike], Array]
     random: bool = False
-
-
-def carried(leak: Array | None, h_dot: Array, h_dot_new: Array) -> Array:
-    """(1 - alpha) h_dot_{t-1} + h_dot_new, for a tangent of the state; alpha is 1 if None."""
-    return h_dot_new if leak is None else (1 - per_unit(leak, h_dot)) * h_dot + h_dot_new
 
 
 def _full_start(h: Array, N: int) -> Array:
@@ -100,27 +96,27 @@ O(B H N) memory and time, as the forward pass takes."""
 
 
 class RankOne(NamedTuple):
-    """J_t as an outer product: dh_i / dtheta_jn is h_i theta_jn in the mean over random signs.
+    """J_t as an outer product: dh_i / dtheta_jn is a_i b_jn in the mean over random signs.
 
     Attributes:
-      h: (*batch, H).
-      theta: (*batch, H, N).
+      a: (*batch, H).
+      b: (*batch, H, N).
     """
 
-    h: Array
-    theta: Array
+    a: Array
+    b: Array
 
 
-def balance(a: RankOne) -> RankOne:
+def balance(J: RankOne) -> RankOne:
     """The same outer product from factors of equal norm, which keeps the variance small."""
-    h_square, theta_square = (a.h**2).sum(-1), (a.theta**2).sum((-2, -1))
-    some = (h_square > 0) & (theta_square > 0)
+    a_square, b_square = (J.a**2).sum(-1), (J.b**2).sum((-2, -1))
+    some = (a_square > 0) & (b_square > 0)
     # The square root of 0 has no derivative.
-    h_norm, theta_norm = (jnp.sqrt(jnp.where(some, x, 1)) for x in (h_square, theta_square))
-    ratio = theta_norm / h_norm
+    a_norm, b_norm = (jnp.sqrt(jnp.where(some, x, 1)) for x in (a_square, b_square))
+    ratio = b_norm / a_norm
     rho = jnp.where(some, jnp.sqrt(ratio), 0)
     inverse = jnp.where(some, 1 / jnp.sqrt(ratio), 0)
-    return RankOne(rho[..., None] * a.h, inverse[..., None, None] * a.theta)
+    return RankOne(rho[..., None] * J.a, inverse[..., None, None] * J.b)
 
 
 def _rank_one_start(h: Array, N: int) -> RankOne:
@@ -130,19 +126,19 @@ def _rank_one_start(h: Array, N: int) -> RankOne:
 def _rank_one_advance(
     J: RankOne, W_h: Array, f_prime: Array, leak: Array | None, u: Array, key: Array
 ) -> RankOne:
-    """The sum of two outer products, as one outer product whose mean over signs nu it is:
+    """Replaces the sum of two outer products by one whose mean over random signs nu is that sum:
 
     E (a + nu) (b + nu^T D) = a b + D        since E nu = 0 and E nu nu^T = I
     """
     signs = jax.random.rademacher(key, f_prime.shape, f_prime.dtype)
-    past = balance(RankOne(carried(leak, J.h, f_prime * (J.h @ W_h.T)), J.theta))
+    past = balance(RankOne(carried(leak, J.a, f_prime * (J.a @ W_h.T)), J.b))
     new = balance(RankOne(signs, (signs * f_prime)[..., None] * u[..., None, :]))
-    return RankOne(past.h + new.h, past.theta + new.theta)
+    return RankOne(past.a + new.a, past.b + new.b)
 
 
 def _rank_one_contract(J: RankOne, dh: Array, dtype: DTypeLike) -> Array:
-    scale = (dh.astype(dtype) * J.h.astype(dtype)).sum(-1)
-    return jnp.einsum("...,...jn->jn", scale, J.theta.astype(dtype), out_sharding=replicated(dh))
+    scale = (dh.astype(dtype) * J.a.astype(dtype)).sum(-1)
+    return jnp.einsum("...,...jn->jn", scale, J.b.astype(dtype), out_sharding=replicated(dh))
 
 
 rank_one = Influence(_rank_one_start, _rank_one_advance, _rank_one_contract, random=True)

@@ -11,7 +11,7 @@ The weights are exchanged as dictionaries of arrays; neither library is imported
 from collections.abc import Mapping
 from os import PathLike
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from jaxrnn.params import Params, check_params
 
-Arrays = dict[str, NDArray[Any]]
-Weights = Mapping[str, Any]
+Arrays: TypeAlias = dict[str, NDArray[Any]]
+Weights: TypeAlias = Mapping[str, Any]
 """name -> NumPy array, JAX array or torch tensor."""
 
 

@@ -4,13 +4,12 @@ z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = (1 - alpha) h_{t-1} + alpha f(z_t
 J_t = dh_t/dh_{t-1} = diag(1 - alpha) + diag(alpha f'(z_t)) W_h
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jaxrnn import checks
-from jaxrnn.activations import Activation, check_activation, tanh
+from jaxrnn.activations import Activation, autodiff_f_prime, check_activation, tanh
 from jaxrnn.batches import check_drive, check_input, check_sequence, check_state, steps_shape
 from jaxrnn.forward import hidden_states
 from jaxrnn.params import Params, as_leak, check_leak, check_params
@@ -71,7 +70,7 @@ def state_jacobian(
 ) -> Array:
     """J at the states h (*batch, H), where z_x is W_x x + b_h."""
     z = z_x + h @ W_h.T
-    f_prime = jax.jvp(activation.f, (z,), (full_as(z, 1),))[1][..., None]
+    f_prime = autodiff_f_prime(activation.f, z)[..., None]
     J: Array = f_prime * per_unit(W_h, f_prime)  # diag(f') W_h
     if leak is None:
         return J

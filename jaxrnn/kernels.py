@@ -4,8 +4,9 @@
     (value, h_T), grads = jaxrnn.bptt(params, batch, loop=kernels.loop)
 
 XLA launches a kernel for each product of each step, which for small H takes longer than the product
-(Diamos et al. 2016). Here each block of threads loads W_h once, takes 16 sequences and runs all of
-their steps; no block waits for another. The step is the same function that `recurrence.scan` runs.
+(Diamos et al. 2016). Here each block of threads loads W_h once, takes 16 sequences and runs their
+steps, up to 8,191 in a launch; no block waits for another. The step is the same function that
+`recurrence.scan` runs.
 The scan stays where the kernel does not apply:
 
 - on another platform than CUDA, chosen when the program is compiled for it;

@@ -38,7 +38,7 @@ class Loss(NamedTuple):
 
 
 def check_loss(loss: Any, shape: tuple[int, ...], dtype: DTypeLike, targets: Any) -> None:
-    """Raises TypeError or ValueError unless loss, as a Loss, fits ys of this shape, and targets.
+    """Raises TypeError or ValueError unless loss is a Loss that fits these ys and targets.
 
     The loss is traced, not computed.
     """
@@ -156,9 +156,6 @@ def mean_loss(ys: Array, batch: Batch, loss: Loss = cross_entropy) -> Array:
     checks.check_shape("ys", ys, (*steps_shape(batch.xs), *ys.shape[-1:]), "T, *batch as in xs, O")
     dtype = at_least_float32(ys.dtype)
     check_loss(loss, ys.shape, dtype, batch.targets)
-    ys, targets = (
-        where_exists(batch.mask, ys.astype(dtype)),
-        where_exists(batch.mask, batch.targets),
-    )
+    ys, targets = (where_exists(batch.mask, leaf) for leaf in (ys.astype(dtype), batch.targets))
     values = mean_weights(batch, dtype) * loss.value(ys, targets).astype(dtype)
     return where_exists(batch.mask, values).sum()

@@ -59,8 +59,8 @@ def rtrl(
     N = I + H + 1: O(B H^2 N) memory, whatever T is, and O(T B H^3 N) time, where `bptt` takes
     O(T B H) memory and O(T B H N) time. With many tokens, I is large.
 
-    Args and errors are those of `bptt`, without `checkpoint_every` and `loop`. To update the
-    parameters while a stream runs, use `streams.stream_gradient`.
+    The arguments and errors are those of `bptt`, without `checkpoint_every` and `loop`. To update
+    the parameters while a stream runs, use `streams.stream_gradient`.
 
     Returns:
       (L, h_T), grads, as `bptt`.

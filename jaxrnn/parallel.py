@@ -28,13 +28,13 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
 
     Returns:
       The gradient function. Its value and gradient are those of the whole batch; h_T stays split
-      over the devices. A `key` is folded with the index of each device.
+      over the devices. Each device folds its index into `key`.
 
     Raises:
       TypeError: gradient_fn is not a function, or mesh not a Mesh; when called, if the batch is not
         a Batch, or gradient_fn does not return ((value, h_T), grads).
-      ValueError: when called, if the first batch axis is not a multiple of the first mesh axis;
-        `fit` fills the last minibatch, but not the data that it evaluates.
+      ValueError: when called, if the first batch axis is missing or not a multiple of the first
+        mesh axis; `fit` fills the last minibatch, but not the data that it evaluates.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))

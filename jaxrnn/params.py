@@ -1,7 +1,7 @@
 """1. Initialisation: the parameters and their initial values."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxrnn import checks
 
-Initializer = Callable[..., Array]
+Initializer: TypeAlias = Callable[..., Array]
 
 
 class Params(NamedTuple):
@@ -158,9 +158,12 @@ def init(
 
     key_x, key_h, key_y = jax.random.split(key, 3)
     draw_dtype = at_least_float32(dtype)  # QR factorisation needs at least float32
+    W_h = W_h_init(key_h, (hidden_size, hidden_size), draw_dtype)
+    checks.check_array("W_h_init(key, (H, H), dtype)", W_h)
+    checks.check_shape("W_h_init(key, (H, H), dtype)", W_h, (hidden_size, hidden_size), "H, H")
     drawn = Params(
         W_x=_fan_in(key_x, (hidden_size, input_size), draw_dtype),
-        W_h=W_h_init(key_h, (hidden_size, hidden_size), draw_dtype),
+        W_h=W_h,
         W_y=_fan_in(key_y, (output_size, hidden_size), draw_dtype),
         b_h=jnp.zeros(hidden_size, draw_dtype),
         b_y=jnp.zeros(output_size, draw_dtype),

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxrnn.activations import Activation
+from jaxrnn.activations import Activation, autodiff_f_prime
 from jaxrnn.batches import per_step, steps_shape, where_exists
 from jaxrnn.params import Params
 from jaxrnn.products import (
@@ -80,6 +80,11 @@ def hold(mask: Array | None, h_new: Array, h: Array) -> Array:
 def unless_reset(reset: Array | None, h: Array) -> Array:
     """h, or zeros where a reset comes before the step that reads it."""
     return h if reset is None else jnp.where(per_step(reset, h), jnp.zeros((), h.dtype), h)
+
+
+def carried(leak: Array | None, h: Array, new: Array) -> Array:
+    """(1 - alpha) h + new, for a tangent or a gradient of the state; alpha is 1 if None."""
+    return new if leak is None else (1 - per_unit(leak, h)) * h + new
 
 
 def leaky(leak: Array | None, h: Array, f_z: Array) -> Array:
@@ -179,16 +184,12 @@ def reverse_scan(
       the one not used.
     """
 
-    leak = None if leak is None else per_unit(leak, dh_next)
-
     def step(network: Any, dh_next: Array, inputs: Any) -> tuple[Array, tuple[Array, Array]]:
         W_h, (_, leak) = network
         dh_y, f_prime, valid, reset_t = inputs
         dh = dh_y + dh_next  # dh_t = W_y^T dy_t + W_h^T dz_{t+1} + (1 - alpha) dh_{t+1}
         dz = where_exists(valid, f_prime * dh)  # dz_t = alpha f'(z_t) * dh_t
-        dh_before = dz @ W_h
-        if leak is not None:
-            dh_before = dh_before + (1 - leak) * dh
+        dh_before = carried(leak, dh, dz @ W_h)
         dh_next = hold(valid, unless_reset(reset_t, dh_before), dh)
         return dh_next, (dh, dz)
 
@@ -214,14 +215,10 @@ def tangent_scan(
     alpha f'(z_t), and `leaks_dot` the part of h_dot_t that comes from alpha, or None.
     """
 
-    leak = None if leak is None else per_unit(leak, h_0_dot)
-
     def body(h_dot: Array, inputs: Any) -> tuple[Array, Array]:
         z_dot, f_prime, leak_dot, valid, reset_t = inputs
         h_dot_before = unless_reset(reset_t, h_dot)
-        h_dot_new = f_prime * (z_dot + h_dot_before @ W_h.T)
-        if leak is not None:
-            h_dot_new = h_dot_new + (1 - leak) * h_dot_before
+        h_dot_new = carried(leak, h_dot_before, f_prime * (z_dot + h_dot_before @ W_h.T))
         if leak_dot is not None:
             h_dot_new = h_dot_new + leak_dot
         h_dot = hold(valid, h_dot_new, h_dot)
@@ -246,8 +243,7 @@ def derivatives(
     if activation.df is not None:
         f_primes = activation.df(hs if fs is None else fs)
     else:
-        z = zs()
-        f_primes = jnp.asarray(jax.jvp(activation.f, (z,), (full_as(z, 1),))[1])
+        f_primes = autodiff_f_prime(activation.f, zs())
     return f_primes if leak is None else per_unit(leak, f_primes) * f_primes
 
 
@@ -270,11 +266,11 @@ def _hoisted_recur_jvp(
 ) -> tuple[Array, Array]:
     """h_dot_t = (1 - alpha) h_dot_{t-1} + alpha f'(z_t) * (z_dot_t + W_h h_dot_{t-1})
 
-    with z_dot_t of x_t, b_h and W_h_dot h_{t-1}, and alpha_dot (f(z_t) - h_{t-1}) added to h_dot_t.
-    W_h_dot h_{t-1} is one product for all steps, outside the loop. Its transpose is the one
-    contraction over all steps that gives dL/dW_h; autodiff of the scan itself adds an outer product
-    to an (H, H) carry at each step. The rule is ordinary JAX, so forward mode, vmap and higher
-    derivatives follow from it.
+    Here z_dot_t is the tangent of z_t by x_t, b_h and W_h. A tangent of alpha adds
+    alpha_dot (f(z_t) - h_{t-1}) to h_dot_t. W_h_dot h_{t-1} is one product for all steps, outside
+    the loop. Its transpose is the one contraction over all steps that gives dL/dW_h; autodiff of
+    the scan itself adds an outer product to an (H, H) carry at each step. The rule is ordinary JAX,
+    so forward mode, vmap and higher derivatives follow from it.
     """
     W_h, zs_x, h_0, leak, mask, reset = primals
     W_h_dot, zs_x_dot, h_0_dot = map(_instantiate, tangents[:3], primals[:3])

@@ -162,9 +162,9 @@ def unpad(padded: Any, lengths: Sequence[int]) -> list[Any]:
     integers = steps.shape == (N,) and (checks.is_integer(steps) or N == 0)
     if not integers or (steps < 0).any() or (steps > T).any():
         raise ValueError(f"lengths: expected {N} integers in 0..{T}, got {lengths}")
-    on_host = jax.tree.map(lambda x: gathered(x) if isinstance(x, Array) else x, padded)
+    whole = jax.tree.map(lambda x: gathered(x) if isinstance(x, Array) else x, padded)
     return [
-        jax.tree.map(lambda leaf, n=n, length=length: leaf[:length, n], on_host)
+        jax.tree.map(lambda leaf, n=n, length=length: leaf[:length, n], whole)
         for n, length in enumerate(steps.tolist())
     ]
 

@@ -20,7 +20,7 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
 
 
 def replicated(x: Array) -> NamedSharding | None:
-    """The sharding of a sum over all steps and sequences; None unless mesh axes are explicit."""
+    """On the mesh of x, whole on each device; None unless mesh axes are explicit."""
     sharding = explicit_sharding(x)
     return None if sharding is None else NamedSharding(sharding.mesh, P())
 

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.backward import bias_sum, outer_sum
+from jaxrnn.backward import block_output
 from jaxrnn.batches import (
     Batch,
     divide_by_count,
@@ -22,7 +22,7 @@ from jaxrnn.batches import (
 from jaxrnn.influence import Influence, augmented_input, diagonal, full, rank_one
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32, check_params
-from jaxrnn.products import input_zs, readout
+from jaxrnn.products import input_zs
 from jaxrnn.recurrence import (
     derivatives,
     hold,
@@ -111,7 +111,8 @@ def stream_gradient(
         dtheta = sum_t dh_t^T J_t        dh_t = W_y^T dy_t
 
     It reaches back over all earlier steps of the stream. If the parameters have changed since, J_t
-    mixes the influences of earlier ones: the gradient is approximate, and accurate at small rates.
+    mixes the influences of earlier ones: the gradient is approximate, and accurate at small
+    learning rates.
     It is a gradient function whose state is the stream: `make_update(partial(stream_gradient,
     influence=full), optimizer)`, with `init_state(params, optimizer, stream)`, takes one update for
     each batch of a single step. `fit` evaluates without a key, so it takes `full` and `diagonal`.
@@ -160,8 +161,8 @@ def stream_gradient(
 
     def body(carry: Any, inputs: Any) -> tuple[Any, None]:
         stream, sums = carry
-        now, weight, key = inputs
-        x, target = (where_exists(now.mask, leaf) for leaf in (now.xs, now.targets))
+        now, key = inputs
+        x = where_exists(now.mask, now.xs)
         h_before, J = jax.tree.map(partial(unless_reset, now.reset), stream)
         z = input_zs(params, x, now.drive, now.mask) + h_before @ params.W_h.T
         f_z = activation.f(z)
@@ -170,40 +171,23 @@ def stream_gradient(
         J = influence.advance(J, params.W_h, f_prime, leak, u, key)
         new = Stream(leaky(leak, h_before, f_z), J)
         stream = jax.tree.map(partial(hold, now.mask), new, stream)
-        counted = stream._replace(h=where_exists(now.mask, stream.h))
-        step_sums = step_gradient(params, counted, target, weight, now.mask, influence, loss)
+        step_sums = step_gradient(params, now, stream, influence, loss)
         return (stream, jax.tree.map(jnp.add, sums, step_sums)), None
 
     zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
     key_data = None if keys is None else jax.random.key_data(keys)
     carry = match_varying_axes((stream, zeros), (params, batch, stream, leak, key_data))
-    (stream, sums), _ = lax.scan(body, carry, (batch, weights, keys))
+    (stream, sums), _ = lax.scan(body, carry, (batch, keys))
     value, grads = divide_by_count(sums, weights.sum())
     grads = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params)
     return (value, stream), grads
 
 
 def step_gradient(
-    params: Params,
-    stream: Stream,
-    target: Array,
-    weight: Array,
-    mask: Array | None,
-    influence: Influence,
-    loss: Loss,
+    params: Params, now: Batch, stream: Stream, influence: Influence, loss: Loss
 ) -> tuple[Array, Params]:
     """The loss of one step and its gradient, summed over the batch."""
-    h, J = stream
-    dtype, I = at_least_float32(h.dtype), params.W_x.shape[1]
-    y = readout(params, h).astype(dtype)
-    values = weight * loss.value(y, target).astype(dtype)
-    dy = (weight[..., None] * loss.error(y, target)).astype(h.dtype)
-    values, dy = (where_exists(mask, leaf) for leaf in (values, dy))
-    dtheta = influence.contract(J, dy @ params.W_y, dtype)
-    return values.sum(), Params(
-        W_x=dtheta[:, :I],
-        W_h=dtheta[:, I:-1],
-        W_y=outer_sum(dy, h, dtype),
-        b_h=dtheta[:, -1],
-        b_y=bias_sum(dy, dtype),
-    )
+    value, dh, (dW_y, db_y) = block_output(params, now, stream.h, loss)
+    dtheta = influence.contract(stream.influence, dh, value.dtype)
+    I = params.W_x.shape[1]
+    return value, Params(dtheta[:, :I], dtheta[:, I:-1], dW_y, dtheta[:, -1], db_y)

@@ -35,8 +35,8 @@ class Evaluation(NamedTuple):
     Attributes:
       epoch: the number of the epoch, from 1.
       train_loss: the mean loss of its minibatches, each before its update; NaN if all were skipped.
-      valid_loss: the mean loss on the held-out data after the epoch; without these, what the
-        argument `valid` of `fit` says.
+      valid_loss: the mean loss on the held-out data after the epoch; without held-out data,
+        see `valid` in `fit`.
       skipped: the number of updates skipped, see make_update.
     """
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, step_weights
-from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype, value_fn
+from jaxrnn.gradients import GradientFn, PyTree, alike, call_gradient, value_dtype, value_fn
 from jaxrnn.sharding import split_as
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree, PyTree], PyTree]
@@ -179,12 +179,7 @@ def _apply(
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state
     new = optimizer(params, grads)
-    # The structure first: a leaf of another kind of result may have no shape.
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (params, new)]
-    if structures[0] != structures[1] or any(
-        (jnp.shape(old), jnp.result_type(old)) != (jnp.shape(leaf), jnp.result_type(leaf))
-        for old, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(new), strict=True)
-    ):
+    if not alike(new, params, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf))):
         raise TypeError(
             "optimizer: expected a rule that returns new parameters of the same shapes and dtypes, "
             f"got {new!r} from {optimizer!r}{_CALL_FIRST if _is_optax(new) else ''}"

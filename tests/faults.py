@@ -109,12 +109,12 @@ LEAK = {
     "alpha forgotten in dz": (
         "if leak is None else per_unit(leak, f_primes) * f_primes", ""
     ),
-    "1 - alpha forgotten in dh": ("dh_before + (1 - leak) * dh\n", "dh_before + dh\n"),
-    "dh not passed on": ("dh_before + (1 - leak) * dh\n", "dh_before\n"),
-    "dz passed on for dh": ("dh_before + (1 - leak) * dh\n", "dh_before + (1 - leak) * dz\n"),
+    "1 - alpha forgotten in dh": ("carried(leak, dh, dz @ W_h)", "(dh + dz @ W_h)"),
+    "dh not passed on": ("carried(leak, dh, dz @ W_h)", "dz @ W_h"),
+    "dz passed on for dh": ("carried(leak, dh, dz @ W_h)", "carried(leak, dz, dz @ W_h)"),
     "dh passes a reset": (
-        "unless_reset(reset_t, dh_before)",
-        "(unless_reset(reset_t, dh_before) + jnp.where(per_step(reset_t, dh), (1 - leak) * dh, 0))",
+        "hold(valid, unless_reset(reset_t, dh_before), dh)",
+        "hold(valid, carried(leak, dh, unless_reset(reset_t, dz @ W_h)), dh)",
     ),
     "f' read off h": ("activation.df(hs if fs is None else fs)", "activation.df(hs)"),
     "drive left out": ("zs_x if drive is None else", "zs_x if True else"),
@@ -123,11 +123,11 @@ LEAK = {
 }  # fmt: skip
 
 LEAK_TANGENT = {
-    "1 - alpha forgotten": ("h_dot_new + (1 - leak) * h_dot_before", "h_dot_new + h_dot_before"),
+    "1 - alpha forgotten": ("carried(leak, h_dot_before, f_prime", "(h_dot_before + f_prime"),
     "drive read where masked": ("where_exists(mask, drive.astype(zs_x.dtype))",
                                 "drive.astype(zs_x.dtype)"),
-    "no leak": ("h_dot_new + (1 - leak) * h_dot_before", "h_dot_new"),
-    "leak from the state before a reset": ("(1 - leak) * h_dot_before", "(1 - leak) * h_dot"),
+    "no leak": ("carried(leak, h_dot_before, f_prime", "(f_prime"),
+    "leak from the state before a reset": ("carried(leak, h_dot_before,", "carried(leak, h_dot,"),
     "alpha forgotten in f'": (
         "if leak is None else per_unit(leak, f_primes) * f_primes", ""
     ),

@@ -104,7 +104,7 @@ def test_a_wrong_activation_is_named(activation, message):
         jaxrnn.unroll(params, jnp.ones((7, 3)), activation=activation)
 
 
-PUBLIC = ("tanh", "relu", "sigmoid", "identity")
+PUBLIC = ("tanh", "relu", "sigmoid", "softplus", "identity")
 PUBLIC += ("cross_entropy", "squared_error", "binary_cross_entropy")
 
 

@@ -184,12 +184,6 @@ def test_a_leak_splits_over_devices():
     assert max(relative_errors(split, jax.jit(gradient_fn)(*case.arguments))) <= 1e-5
 
 
-def test_softplus_has_the_derivative_of_its_function():
-    z = jnp.linspace(-30.0, 30.0, 601)
-    expected = jax.vmap(jax.grad(jaxrnn.softplus.f))(z)
-    np.testing.assert_allclose(jaxrnn.softplus.df(jaxrnn.softplus.f(z)), expected, rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("leak", "error", "message"),
     [

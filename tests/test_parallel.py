@@ -92,7 +92,7 @@ def reductions(text: str) -> list[str]:
 
 
 def test_data_parallel_reduces_once_and_outside_every_loop(mesh):
-    params, batch, h_0 = jax.tree.map(lambda leaf: leaf, unequal_case().arguments)
+    params, batch, h_0 = unequal_case().arguments
     for gradient_fn in (jaxrnn.bptt, by_autodiff):
         parallel = jax.jit(jaxrnn.data_parallel(gradient_fn, mesh))
         text = parallel.lower(params, batch, h_0).compile().as_text()

@@ -49,13 +49,14 @@ def test_links_and_figures_exist():
             assert (ROOT / target).exists(), target
 
 
-def test_import_jaxrnn_imports_the_core_alone():
+def test_import_jaxrnn_imports_the_core_alone_and_configures_nothing():
     """Nothing but jax, jaxlib, optax and what these import themselves."""
     code = (
         "import sys, jax, jaxlib, optax\n"
         "def packages(): return {name.split('.')[0] for name in sys.modules}\n"
-        "before = packages()\n"
+        "before, settings = packages(), dict(jax.config.values)\n"
         "import jaxrnn\n"
+        "assert settings == jax.config.values\n"
         "print(packages() - before - {'jaxrnn'} - set(sys.stdlib_module_names))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -169,11 +169,11 @@ def test_a_setting_of_the_wrong_type_is_named_before_training(params):
     assert len(fit(tolerance=np.float32(0.1)).history) == 1
 
 
-def spoilt(bad, where):
+def spoilt(count, where):
     """Batches; the loss of those in `where` is not finite."""
     batch = parity(jax.random.key(1), N=4)
     weights = jnp.ones((8, 4))
-    return [batch._replace(weights=weights * (1e30 if i in where else 1)) for i in range(bad)]
+    return [batch._replace(weights=weights * (1e30 if i in where else 1)) for i in range(count)]
 
 
 def spoiling(params, batch, h=None):

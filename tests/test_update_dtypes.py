@@ -21,10 +21,11 @@ def batch():
 def test_the_norm_of_short_floats_does_not_overflow(batch):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
     rule = partial(jaxrnn.sgd, learning_rate=0.0)
-    update = jaxrnn.make_update(jaxrnn.bptt, rule)
-    large = batch._replace(xs=batch.xs * 3e4, targets=1 - batch.targets)
+    update = jaxrnn.make_update(partial(jaxrnn.bptt, loss=jaxrnn.squared_error), rule)
+    large = Batch(batch.xs, jnp.full((7, 4, 2), 500.0))
     _, metrics = update(jaxrnn.init_state(params, rule), large)
     assert metrics.gradient_norm.dtype == jnp.float32
+    assert 256 < metrics.gradient_norm < jnp.inf  # its square is beyond the range of float16
 
 
 def test_an_update_whose_state_float16_cannot_hold_is_skipped():
