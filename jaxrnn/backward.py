@@ -238,7 +238,7 @@ def bptt(
     else:
         K = block_steps(params, batch, loop is not scan)
         K_forward = forward_steps(T, K, h_0)
-    batch, _ = scaled_weights(batch, params.W_h.dtype)
+    batch, _ = scaled_weights(batch, dtype)
     count = step_weights(batch, dtype).sum()
 
     # On a GPU, a condition waits for the device.

@@ -75,13 +75,13 @@ def divide_by_count(sums: Tree, count: Array) -> Tree:
 
 
 def scaled_weights(batch: Batch, dtype: DTypeLike) -> tuple[Batch, Array | int]:
-    """The batch with weights / s, and s, for a dtype of 16 bits; else the batch, and 1.
+    """The batch with weights / s, and s, the largest weight; without weights the batch, and 1.
 
-    s is the largest weight. The mean is the same, and weighted errors fit the range of float16.
+    The mean is the same, and weighted errors do not leave the range of their dtype.
     """
-    if batch.weights is None or jnp.finfo(dtype).bits >= 32:
+    if batch.weights is None:
         return batch, 1
-    weights = step_weights(batch)
+    weights = step_weights(batch, dtype)
     s = jax.lax.stop_gradient(jnp.abs(weights).max(initial=0))
     s = jnp.where(s == 0, jnp.ones_like(s), s)
     return batch._replace(weights=weights / s), s

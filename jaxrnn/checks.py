@@ -4,7 +4,8 @@ Each message names the argument, what was expected and what came. The check of a
 the type; what only values can show is checked on the host by `check_values`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -34,6 +35,16 @@ def to_numpy(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
+
+
+@contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Adds a note to an error, such as the argument that it is about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
 
 
 def check_array(name: str, x: Any) -> None:

@@ -154,7 +154,7 @@ def _product(
         return (dh_next, jax.tree.map(jnp.add, means, divide_by_count(sums, count))), None
 
     dtype = at_least_float32(v.W_h.dtype)
-    batch, scale = scaled_weights(batch, v.W_h.dtype)
+    batch, scale = scaled_weights(batch, dtype)
     c = None if structural is None else jnp.asarray(structural, dtype) / scale
     count = step_weights(batch, dtype).sum()
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), v)

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
+from jaxrnn import checks
 from jaxrnn.batches import Batch, step_weights, steps_shape
-from jaxrnn.evaluation import value_state_count
+from jaxrnn.evaluation import NO_STEP, value_state_count
 from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
 from jaxrnn.sharding import explicit_sharding, parts
 from jaxrnn.update import Diverged, Metrics, Optimizer, TrainState, make_update
@@ -103,7 +105,7 @@ def streamed_epoch(
         if len(metrics) % max_skipped == 0 and reported.skipped.item() >= max_skipped:
             break
     if not metrics:
-        raise ValueError("train: expected at least one batch, got none")
+        raise ValueError("train: expected at least one batch in each epoch, got none")
     return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics)
 
 
@@ -171,24 +173,26 @@ class CheckedOnce:
     def __iter__(self) -> Iterator[Batch]:
         for n, batch in enumerate(self.batches):
             if not self.checked:
-                check_named(f"{self.name}[{n}]", self.check, batch)
+                with checks.noted(f"The batch is {self.name}[{n}]."):
+                    self.check(batch)
             yield batch
         self.checked = True
 
 
-def check_named(name: str, check: Callable[[Batch], None], batch: Batch) -> None:
-    """Calls check, whose error gets a note of the argument that the batch belongs to."""
-    try:
-        check(batch)
-    except (TypeError, ValueError) as error:
-        error.add_note(f"The batch is {name}.")
-        raise
+def check_once(name: str, check: Callable[[Batch], None], data: Any, dtype: DTypeLike) -> Any:
+    """The same data. A Batch or a list is checked now, an iterable during its first pass.
 
-
-def check_once(name: str, check: Callable[[Batch], None], data: Any) -> Any:
-    """The same data. A Batch is checked now, an iterable during its first pass."""
+    In a Batch or a list, some step must count, in `dtype`.
+    """
     if isinstance(data, Batch):
-        check_named(name, check, data)
-    if data is None or isinstance(data, Batch):
-        return data
-    return CheckedOnce(name, check, data)
+        at_hand = {name: data}
+    elif type(data) in (list, tuple):
+        at_hand = {f"{name}[{n}]": batch for n, batch in enumerate(data)}
+    else:
+        return None if data is None else CheckedOnce(name, check, data)
+    for place, batch in at_hand.items():
+        with checks.noted(f"The batch is {place}."):
+            check(batch)
+    if not any(step_weights(batch, dtype).any() for batch in at_hand.values()):
+        raise ValueError(f"{name}: {NO_STEP}")
+    return data

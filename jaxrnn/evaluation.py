@@ -16,7 +16,7 @@ from jaxrnn.gradients import PyTree, value_dtype
 LossFn: TypeAlias = Callable[..., tuple[Array, Any]]
 """(params, batch, h) -> (value, h_T)."""
 
-_NO_STEP = "expected at least one step that counts, got none"
+NO_STEP = "expected at least one step that counts, got none"
 
 
 def value_state_count(
@@ -34,19 +34,21 @@ def value_state_count(
 _value_state_count = jax.jit(value_state_count, static_argnums=0)
 
 
+def _compiled(loss_fn: LossFn) -> Callable[[PyTree, Batch, PyTree], tuple[Array, PyTree, Array]]:
+    """`value_state_count` of loss_fn, compiled once per function object if that can be hashed."""
+    try:
+        hash(loss_fn)
+    except TypeError:
+        return jax.jit(partial(value_state_count, loss_fn))
+    return partial(_value_state_count, loss_fn)
+
+
 def check_batches(name: str, data: Any) -> None:
-    """Raises TypeError unless data is a Batch, which is iterable too, or an iterable."""
+    """Raises TypeError or ValueError unless data is a Batch, or an iterable that may have some."""
     if not isinstance(data, Iterable):
         raise TypeError(f"{name}: expected a Batch or an iterable of them, got {data!r}")
-
-
-def check_evaluation(
-    name: str, compiled: Callable[..., Any], params: PyTree, h_0: PyTree, batch: Batch
-) -> None:
-    """Raises what `mean_over_batches` of one batch would raise, without evaluating it."""
-    jax.eval_shape(compiled, params, batch, h_0)
-    if not step_weights(batch, value_dtype(params)).any():
-        raise ValueError(f"{name}: {_NO_STEP}")
+    if type(data) in (list, tuple) and not data:
+        raise ValueError(f"{name}: expected at least one batch, got none")
 
 
 def mean_over_batches(
@@ -66,7 +68,7 @@ def mean_over_batches(
             total, count = total + value.item() * steps, count + steps
         h = None if h_0 is None else h_T
     if count == 0:
-        raise ValueError(f"{name}: {_NO_STEP}")
+        raise ValueError(f"{name}: {NO_STEP}")
     return total / count
 
 
@@ -92,7 +94,7 @@ def evaluate(
 
     Raises:
       TypeError: batches are not Batches, or loss_fn does not return (value, h_T).
-      ValueError: no step counts.
+      ValueError: there is no batch, or no step counts.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
@@ -102,4 +104,4 @@ def evaluate(
     """
     check_batches("batches", batches)
     checks.check_function("loss_fn", loss_fn)
-    return mean_over_batches("batches", partial(_value_state_count, loss_fn), params, batches, h_0)
+    return mean_over_batches("batches", _compiled(loss_fn), params, batches, h_0)

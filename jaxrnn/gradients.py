@@ -1,5 +1,6 @@
 """Gradient functions: their type, the check of what they return, and reparametrisation."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -39,6 +40,10 @@ def call_gradient(
     Raises TypeError unless that is a scalar value, an h_T like h where h is carried, and a gradient
     like params.
     """
+    if keywords and not _takes_key(gradient_fn):
+        raise TypeError(
+            f"gradient_fn: expected one that takes a key, since one was given, got {gradient_fn!r}"
+        )
     result: Any = gradient_fn(params, batch, h, **keywords)
     match result:
         case ((value, h_T), grads) if checks.is_scalar(value):
@@ -47,6 +52,16 @@ def call_gradient(
     expected = (((), "h_T" if h is None else _shapes(h)), _shapes(params))
     raise TypeError(
         f"gradient_fn: expected ((value, h_T), grads) of shapes {expected}, got {_shapes(result)}"
+    )
+
+
+def _takes_key(function: Callable[..., Any]) -> bool:
+    try:
+        arguments = inspect.signature(function).parameters.values()
+    except ValueError:  # of a builtin
+        return True
+    return any(
+        argument.name == "key" or argument.kind is argument.VAR_KEYWORD for argument in arguments
     )
 
 
@@ -76,7 +91,7 @@ def value_fn(
         return value, grads
 
     def backward(grads: PyTree, d_value: Array) -> tuple[PyTree]:
-        return (jax.tree.map(lambda d: d_value.astype(d.dtype) * d, grads),)
+        return (jax.tree.map(lambda d: jnp.asarray(d_value, d.dtype) * d, grads),)
 
     value.defvjp(forward, backward)
     return value

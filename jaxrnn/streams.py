@@ -152,7 +152,7 @@ def stream_gradient(
     check_loss_arguments(params, batch, stream.h, activation, leak, loss)
     leak = as_leak(params, leak)
     dtype = at_least_float32(params.W_h.dtype)
-    batch, _ = scaled_weights(batch, params.W_h.dtype)
+    batch, _ = scaled_weights(batch, dtype)
     weights = step_weights(batch, dtype)
     keys = None
     if influence.random:

@@ -15,7 +15,6 @@ from jaxrnn import checks
 from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch, steps_shape
 from jaxrnn.epochs import (
-    check_named,
     check_once,
     compile_functions,
     count_skipped,
@@ -23,8 +22,8 @@ from jaxrnn.epochs import (
     mean_loss_of_updates,
     raise_if_diverged,
 )
-from jaxrnn.evaluation import check_batches, check_evaluation, mean_over_batches
-from jaxrnn.gradients import GradientFn, PyTree
+from jaxrnn.evaluation import check_batches, mean_over_batches
+from jaxrnn.gradients import GradientFn, PyTree, value_dtype
 from jaxrnn.update import Optimizer, TrainState, init_state
 from jaxrnn.value_checks import check_values
 
@@ -95,7 +94,8 @@ def fit(
         compiled call per epoch; or batches, taken in order each epoch.
       valid: held-out data, a Batch or batches. If None, `valid_loss` is the loss on `train` after
         the epoch if `train` is a Batch or a sequence, and `train_loss` if it is another iterable.
-      optimizer: an optax optimiser, or a rule (params, grads) -> params.
+      optimizer: an optax optimiser, or a rule (params, grads) -> params. Like gradient_fn, it is
+        compiled once per function object, also over several calls of `fit`.
       gradient_fn: `bptt` or a function like it, see `make_update`. Without a key it is
         deterministic, and evaluates the held-out data.
       gradient_key: a key for a random gradient function, for dropout or noise; update n draws from
@@ -118,8 +118,9 @@ def fit(
       Fit.
 
     Raises:
-      TypeError, ValueError: an argument does not fit, or `check_values` rejects a batch. Batches
-        are checked during the first epoch.
+      TypeError, ValueError: an argument does not fit, `check_values` rejects a batch, or no step
+        counts. A Batch or a list of them is checked before the first update, another iterable
+        during the first epoch.
       Diverged: max_skipped consecutive updates were skipped.
 
     Warns:
@@ -138,18 +139,23 @@ def fit(
     _check_settings(max_epochs, patience, tolerance, max_skipped, callback)
     _check_data(train, valid, batch_size, h_0, max_epochs)
     state = init_state(params, optimizer, h_0, key=gradient_key)
-    initial = Fit(state, state.params, (), False)
+    initial = Fit(state, _copy(state.params), (), False)
     result = initial if resume is None else _check_resume(resume, initial, patience, tolerance)
     compiled = compile_functions(gradient_fn, optimizer)
     check = partial(check_values, params, h_0=h_0)
+
+    def check_held_out(batch: Batch) -> None:
+        check(batch)
+        jax.eval_shape(compiled.evaluate, state.params, batch, h_0)
+
     # A Batch is a tuple. Another iterable may give other batches the next time.
     evaluates_train = valid is None and isinstance(train, Sequence)
-    train = check_once("train", check, train)
-    held_out = train if evaluates_train else check_once("valid", check, valid)
+    check_train = check_held_out if evaluates_train else check
+    train = check_once("train", check_train, train, value_dtype(params))
+    held_out = train
+    if not evaluates_train:
+        held_out = check_once("valid", check_held_out, valid, value_dtype(params))
     evaluated = "train" if valid is None else "valid"
-    if isinstance(held_out, Batch):
-        evaluation = partial(check_evaluation, evaluated, compiled.evaluate, state.params, h_0)
-        check_named(evaluated, evaluation, held_out)
     run_epoch = epoch_runner(compiled, key, train, batch_size, h_0, max_skipped)
 
     norms: list[float] = []
@@ -185,9 +191,14 @@ def _extend(
     """The result with one more epoch."""
     # min keeps the first of its arguments if the others are NaN.
     lowest = min([math.inf, *(earlier.valid_loss for earlier in result.history)])
-    best = state.params if row.valid_loss < lowest else result.best
+    # A copy, because an update that continues from the state donates its parameters.
+    best = _copy(state.params) if row.valid_loss < lowest else result.best
     history = (*result.history, row)
     return Fit(state, best, history, _epochs_without_improvement(history, tolerance) >= patience)
+
+
+def _copy(params: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, params)
 
 
 def _stops(returned: Any) -> bool:

@@ -141,13 +141,15 @@ def init_state(
     if key is not None:
         checks.check_key("key", key)
     check_optimizer(optimizer)
-    opt_state = optimizer.init(params) if _is_optax(optimizer) else ()  # type: ignore[union-attr]
+    with checks.noted(_IN_OPTIMIZER):
+        opt_state = optimizer.init(params) if _is_optax(optimizer) else ()  # type: ignore[union-attr]
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, opt_state, h, skipped=zero, key=key)
     copy: TrainState = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     return copy
 
 
+_IN_OPTIMIZER = "The error is in the optimizer."
 _CALL_FIRST = ". Call the optax function first: optax.adam(1e-3)"
 
 
@@ -173,7 +175,7 @@ def _apply(
 ) -> tuple[PyTree, Any]:
     """The new parameters and optimiser state. `extra` goes to those optimisers that want it."""
     if isinstance(optimizer, optax.MultiSteps):
-        optimizer = optimizer.gradient_transformation()
+        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     if _is_optax(optimizer):
         optimizer = optax.with_extra_args_support(optimizer)
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
@@ -221,7 +223,8 @@ def make_update(
     If the loss, the norm of the gradient, the new parameters or a carried h_T are not finite, or
     float16 cannot hold the optimiser's state, the update is skipped: parameters, optimiser state
     and h stay as they are, bit for bit, and `skipped` counts the consecutive skips. There is no
-    host synchronisation: poll `skipped` when convenient.
+    host synchronisation: poll `skipped` when convenient. A batch in which no step counts is an
+    update by a gradient of zero, which moves the parameters if the optimiser has momentum or decay.
 
     Args:
       gradient_fn: (params, batch, h) -> ((value, h_T), grads) for any pytree of parameters: `bptt`,
@@ -264,7 +267,8 @@ def make_update(
         dtype = value_dtype(state.params)
         norm = optax.tree.norm(jax.tree.map(lambda d: d.astype(dtype), grads))
         extra = {"value": value, "grad": grads, "value_fn": value_fn(gradient)}
-        params, opt_state = _apply(optimizer, state.params, grads, state.opt_state, **extra)
+        with checks.noted(_IN_OPTIMIZER):
+            params, opt_state = _apply(optimizer, state.params, grads, state.opt_state, **extra)
         h = None if state.h is None else lax.stop_gradient(h_T)
         h = jax.tree.map(lambda new, old: split_as(old, new.astype(old.dtype)), h, state.h)
 

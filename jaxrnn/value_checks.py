@@ -68,6 +68,8 @@ def check_values(
         for path, leaf in jax.tree.leaves_with_path(tree):
             place = name + jax.tree_util.keystr(path)
             checks.check_array(place, leaf)
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # a state may hold one
+                continue
             _check_numbers(place, checks.to_numpy(leaf), dtype=used_in.get(name))
 
     shape = steps_shape(batch.xs)
@@ -97,10 +99,12 @@ def _check_weights(weights: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> No
     if first is not None:
         raise ValueError(f"weights: expected none below 0, got {weights[first]} at {first}")
     with np.errstate(over="ignore"):
-        total = weights.sum()
-        held = total.astype(dtype)
-    if not np.isfinite(held) or (held == 0 and total > 0):
-        raise ValueError(f"weights: expected a sum that fits {dtype}, got {total}")
+        total, largest = weights.sum(), weights.max(initial=0)
+        overflows = not np.isfinite(total.astype(dtype))
+    if overflows or 0 < largest < np.finfo(dtype).tiny:
+        raise ValueError(
+            f"weights: expected a sum and a maximum that fit {dtype}, got {total} and {largest}"
+        )
 
 
 def _check_functions(activation: Activation) -> None:

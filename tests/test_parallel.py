@@ -161,21 +161,15 @@ def test_a_batch_that_the_devices_do_not_divide_is_rejected(batch_shape, mesh):
 
 
 @pytest.mark.parametrize("name", ["train", "valid"])
-@pytest.mark.parametrize("fault", ["7 examples", "no step"])
-def test_fit_refuses_what_it_cannot_evaluate_before_the_first_update(name, fault, mesh):
+def test_fit_refuses_what_the_devices_do_not_divide_before_the_first_update(name, mesh):
     def never_traced(params, grads):
         pytest.fail("an update was compiled")
 
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
-    good = Batch(jnp.ones((4, 8, 3)), jnp.zeros((4, 8), int), mask=jnp.ones((4, 8), bool))
-    no_step, seven = good._replace(mask=~good.mask), jax.tree.map(lambda leaf: leaf[:, :7], good)
-    wrong, message = {
-        "7 examples": (seven, r"^batch: .* a multiple of 8 devices"),
-        "no step": (no_step, f"^{name}: expected at least one step that counts"),
-    }[fault]
-    data = {"train": good} | {name: wrong}
+    good = Batch(jnp.ones((4, 8, 3)), jnp.zeros((4, 8), int))
+    data = {"train": good} | {name: jax.tree.map(lambda leaf: leaf[:, :7], good)}
     gradient_fn = jaxrnn.data_parallel(jaxrnn.bptt, mesh)
-    with pytest.raises(ValueError, match=message) as raised:
+    with pytest.raises(ValueError, match=r"^batch: .* a multiple of 8 devices") as raised:
         jaxrnn.fit(
             jax.random.key(0), params, **data, optimizer=never_traced, gradient_fn=gradient_fn
         )

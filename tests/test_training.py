@@ -141,7 +141,7 @@ def test_evaluate_weighs_batches_by_their_counted_steps(params):
     np.testing.assert_allclose(jaxrnn.evaluate(params, halves(data)), expected, rtol=1e-6)
     nothing = data._replace(mask=jnp.zeros((8, 50), bool))
     for batches in ([], nothing, [nothing]):
-        with pytest.raises(ValueError, match=r"^batches: expected at least one step that counts"):
+        with pytest.raises(ValueError, match=r"^batches: expected at least one (step|batch)"):
             jaxrnn.evaluate(params, batches)
 
 

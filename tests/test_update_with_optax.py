@@ -104,6 +104,25 @@ def test_a_loss_on_a_plateau_reduces_the_step():
     np.testing.assert_allclose(got, 2 * np.array([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001]), rtol=1e-4)
 
 
+def test_multi_steps_pass_on_the_loss():
+    polyak = optax.polyak_sgd(max_learning_rate=1.0)
+    got = steps(optax.MultiSteps(polyak, every_k_schedule=2), 4)
+    np.testing.assert_allclose(got, [0, 3 / 16 * 2, 0, 3 / 16 * 2], rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_line_search_that_keeps_the_gradient_of_its_last_step():
+    """It differentiates `value_fn` itself, with a number of Python as the tangent."""
+    params, batch = network(0, 2, 4), labelled_batch()
+    search = optax.scale_by_backtracking_linesearch(10, store_grad=True)
+    optimizer = optax.chain(optax.sgd(1.0), search)
+    state, _ = jaxrnn.make_update(jaxrnn.bptt, optimizer)(
+        jaxrnn.init_state(params, optimizer), batch
+    )
+    stored, expected = state.opt_state[1].grad, jaxrnn.bptt(state.params, batch)[1]
+    assert max(relative_errors(stored, expected)) <= 1e-12
+
+
 def test_the_polyak_step_is_the_loss_over_the_squared_norm():
     """3 / (4 * 2^2) times the gradient of 2, and at most max_learning_rate times it."""
     got = steps(optax.polyak_sgd(max_learning_rate=1.0), 1)

@@ -103,7 +103,7 @@ WRONG = {
     ),
     "weights whose sum is infinite": (
         check_values(weights=zeros(T, B) + 2e37),
-        ValueError, r"weights: expected a sum that fits float32, got 5\.\d*e\+38",
+        ValueError, r"weights: expected a sum and a maximum that fit float32, got 5\.\d*e\+38",
     ),
     "xs beyond float16": (
         lambda: jaxrnn.check_values(HALF, BATCH._replace(xs=XS.at[2, 1, 0].set(-7e4))),
@@ -153,11 +153,13 @@ def test_the_sum_of_weights_leaves_out_what_the_mask_excludes():
     jaxrnn.check_values(PARAMS, BATCH._replace(weights=zeros(T, B) + 1e38, mask=mask))
 
 
-@pytest.mark.parametrize("weight", [1e300, 1e-60])
+@pytest.mark.parametrize("weight", [1e300, 1e-60, 1e-38])
 def test_weights_of_float64_fit_the_dtype_of_the_loss(weight):
     with jax.enable_x64(True):
         batch = BATCH._replace(weights=jnp.full((T, B), weight))
-        with pytest.raises(ValueError, match=r"^weights: expected a sum that fits float32, got"):
+        with pytest.raises(
+            ValueError, match=r"^weights: expected a sum and a maximum that fit float32"
+        ):
             jaxrnn.check_values(PARAMS, batch)
         jaxrnn.check_values(jax.tree.map(lambda leaf: leaf.astype(float), PARAMS), batch)
 

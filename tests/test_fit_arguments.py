@@ -1,0 +1,131 @@
+"""What `fit` refuses before the first update, and how its errors name the argument."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch
+from tests.recipe_cases import labelled_batch, network
+
+
+@pytest.fixture
+def params():
+    return jaxrnn.init(jax.random.key(0), 2, 4, 2)
+
+
+XS, LABELS = labelled_batch(6, 8)[:2]
+GOOD = Batch(XS.astype(np.float32), LABELS, mask=np.ones((6, 8), bool))
+NO_STEP = GOOD._replace(mask=~GOOD.mask)
+TOO_WIDE = GOOD._replace(xs=np.ones((6, 8, 3), np.float32))
+
+
+def never_traced(params, grads):
+    pytest.fail("an update was compiled")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"train": NO_STEP}, "train: expected at least one step that counts"),
+        ({"train": [NO_STEP, NO_STEP]}, "train: expected at least one step that counts"),
+        ({"train": NO_STEP, "valid": GOOD}, "train: expected at least one step that counts"),
+        ({"train": GOOD, "valid": NO_STEP}, "valid: expected at least one step that counts"),
+        ({"train": GOOD, "valid": (NO_STEP,)}, "valid: expected at least one step that counts"),
+        ({"train": GOOD, "valid": []}, "valid: expected at least one batch"),
+        ({"train": [GOOD, TOO_WIDE]}, "xs: .*The batch is train\\[1\\]"),
+        ({"train": GOOD, "valid": (GOOD, TOO_WIDE)}, "xs: .*The batch is valid\\[1\\]"),
+    ],
+    ids=[
+        "train",
+        "train list",
+        "train, valid",
+        "valid",
+        "valid tuple",
+        "valid empty",
+        "train[1]",
+        "valid[1]",
+    ],
+)
+def test_data_at_hand_are_refused_before_the_first_update(data, message, params):
+    with pytest.raises(ValueError, match=f"(?s)^{message}"):  # which reads the notes, too
+        jaxrnn.fit(jax.random.key(0), params, **data, optimizer=never_traced)
+
+
+def test_some_batches_may_have_no_step_that_counts(params):
+    result = jaxrnn.fit(
+        jax.random.key(0), params, [NO_STEP, GOOD], optimizer=optax.sgd(0.1), max_epochs=1
+    )
+    expected = jaxrnn.sequence_loss(params, GOOD)[0]
+    np.testing.assert_allclose(result.history[0].train_loss, expected, rtol=1e-6)
+
+
+def test_a_key_for_a_function_that_takes_none_is_named(params):
+    with pytest.raises(TypeError, match=r"^gradient_fn: expected one that takes a key"):
+        jaxrnn.fit(
+            jax.random.key(0), params, GOOD,
+            optimizer=optax.sgd(0.1), gradient_key=jax.random.key(1),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["init", "update"])
+def test_an_error_of_the_optimiser_names_it(where, params):
+    wrong = optax.adam("0.1") if where == "update" else optax.masked(optax.adam(0.1), {"w": True})
+    with pytest.raises((TypeError, ValueError)) as raised:
+        jaxrnn.fit(jax.random.key(0), params, GOOD, optimizer=wrong)
+    assert "The error is in the optimizer." in raised.value.__notes__
+
+
+def test_a_state_may_hold_a_key(params):
+    def noisy(params, batch, carried=None):
+        key, noise_key = jax.random.split(carried["key"])
+        drive = 0.1 * jax.random.normal(noise_key, (6, 8, 4))
+        (value, h_T), grads = jaxrnn.bptt(params, batch._replace(drive=drive), carried["h"])
+        return (value, {"h": h_T, "key": key}), grads
+
+    h_0 = {"h": jnp.zeros((8, 4)), "key": jax.random.key(1)}
+    result = jaxrnn.fit(
+        jax.random.key(0), params, [GOOD, GOOD],
+        optimizer=optax.sgd(0.1), gradient_fn=noisy, h_0=h_0, max_epochs=2,
+    )  # fmt: skip
+    assert not jnp.array_equal(*(jax.random.key_data(h["key"]) for h in (h_0, result.state.h)))
+
+
+def test_updates_that_continue_do_not_delete_the_best_parameters(params):
+    sgd = optax.sgd(0.1)
+    result = jaxrnn.fit(jax.random.key(0), params, GOOD, optimizer=sgd, max_epochs=2)
+    best = jax.tree.map(np.array, result.best)  # a view would prevent the donation
+    jaxrnn.make_update(jaxrnn.bptt, sgd)(result.state, GOOD)
+    for leaf, kept in zip(result.best, best, strict=True):
+        np.testing.assert_array_equal(leaf, kept)
+
+
+def test_a_loss_that_cannot_be_hashed_is_evaluated(params):
+    class Loss:
+        __hash__ = None
+
+        def __call__(self, params, batch, h=None):
+            return jaxrnn.sequence_loss(params, batch, h)
+
+    assert jaxrnn.evaluate(params, GOOD, loss_fn=Loss()) == jaxrnn.evaluate(params, GOOD)
+
+
+@pytest.mark.parametrize("weight", [1e-37, 1e37])
+def test_the_scale_of_the_weights_does_not_matter(weight):
+    """In float32, errors weighted by the smallest numbers would be 0, by the largest infinite."""
+    params = jax.tree.map(jnp.float32, network(0, 2, 4))
+    batch = Batch(*jax.tree.map(jnp.asarray, labelled_batch(6, 4)[:2]))
+    weights = jnp.linspace(0.5, 1.0, 24).reshape(6, 4)
+
+    def at_scale(scale):
+        scaled = batch._replace(weights=weights * scale)
+        (value, _), grads = jaxrnn.bptt(params, scaled)
+        (_, _), forward = jaxrnn.rtrl(params, scaled)
+        return value, grads, forward, jaxrnn.gauss_newton_product(params, scaled, params)
+
+    for got, expected in zip(
+        jax.tree.leaves(at_scale(weight)), jax.tree.leaves(at_scale(1.0)), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
