@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from tests.conftest import FAST_COMPILATION
@@ -93,3 +94,10 @@ def test_every_file_that_contributing_names_exists():
 def test_pre_commit_has_the_ruff_of_pyproject():
     (pinned,) = re.findall(r'"ruff==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_every_line_of_an_explained_mutant_exists():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutation"]
+    for survivor in settings["survivors"]:
+        source = (ROOT / survivor["module"]).read_text()
+        assert survivor["line"] in map(str.strip, source.splitlines()), survivor["line"]
