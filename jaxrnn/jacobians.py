@@ -48,7 +48,7 @@ def jacobian(
     Raises:
       TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
 
-    >>> import jaxrnn
+    >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> J = jacobian(params, jnp.zeros(5), jnp.zeros(3))
     >>> bool(jnp.allclose(J, params.W_h))  # tanh'(0) = 1
@@ -150,7 +150,7 @@ def lyapunov_exponents(
       TypeError, ValueError: a dtype or shape does not fit, or there is no step; the message names
         the argument.
 
-    >>> import jaxrnn
+    >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
     >>> bool((lyapunov_exponents(params, jnp.ones((100, 3))) < 0).all())
     True
