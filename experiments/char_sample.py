@@ -1,6 +1,8 @@
 """Text drawn from a trained character model.
 
-x_{t+1} ~ softmax(y_t / temperature)        h_{t+1}, y_{t+1} = step(h_t, x_{t+1})
+    x_{t+1} ~ softmax(y_t / temperature)        h_{t+1}, y_{t+1} = step(h_t, x_{t+1})
+
+The first y_t is the output after the prompt.
 """
 
 import json

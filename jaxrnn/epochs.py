@@ -189,7 +189,7 @@ def check_once(name: str, check: Callable[[Batch], None], data: Any, dtype: DTyp
     elif type(data) in (list, tuple):
         at_hand = {f"{name}[{n}]": batch for n, batch in enumerate(data)}
     else:
-        return None if data is None else CheckedOnce(name, check, data)
+        return CheckedOnce(name, check, data)
     for place, batch in at_hand.items():
         with checks.noted(f"The batch is {place}."):
             check(batch)

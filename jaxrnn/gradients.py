@@ -57,12 +57,10 @@ def call_gradient(
 
 def _takes_key(function: Callable[..., Any]) -> bool:
     try:
-        arguments = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function).parameters
     except ValueError:  # of a builtin
         return True
-    return any(
-        argument.name == "key" or argument.kind is argument.VAR_KEYWORD for argument in arguments
-    )
+    return "key" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def alike(tree: PyTree, like: PyTree, kind: Callable[[Any], Any] = jnp.shape) -> bool:

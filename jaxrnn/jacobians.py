@@ -1,7 +1,9 @@
 """The Jacobian of a step, and how perturbations of the state grow and shrink over many.
 
-z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
-J_t = dh_t/dh_{t-1} = diag(1 - alpha) + diag(alpha f'(z_t)) W_h
+    z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
+    J_t = dh_t/dh_{t-1} = diag(1 - alpha) + diag(alpha f'(z_t)) W_h
+
+Autodiff takes f', so any elementwise f will do.
 """
 
 import jax.numpy as jnp
@@ -31,8 +33,8 @@ def jacobian(
 
         J = diag(1 - alpha) + diag(alpha f'(z)) W_h        z = W_x x + W_h h + b_h + drive
 
-    Autodiff takes f' at z, so any elementwise f will do. The Jacobians along a trajectory, one for
-    each step, are `jacobian(params, jnp.concatenate([h_0[None], hs[:-1]]), xs)`.
+    The Jacobians along a trajectory, one for each step, are
+    `jacobian(params, jnp.concatenate([h_0[None], hs[:-1]]), xs)`.
 
     Args:
       params: Params.

@@ -6,8 +6,7 @@
 XLA launches a kernel for each product of each step, which for small H takes longer than the product
 (Diamos et al. 2016). Here each block of threads loads W_h once, takes 16 sequences and runs their
 steps, up to 8,191 in a launch; no block waits for another. The step is the same function that
-`recurrence.scan` runs.
-The scan stays where the kernel does not apply:
+`recurrence.scan` runs. The scan stays where the kernel does not apply:
 
 - on another platform than CUDA, chosen when the program is compiled for it;
 - for H above 128 in float32 or 256 in bfloat16, where W_h does not fit, and for other dtypes;

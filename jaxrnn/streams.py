@@ -112,10 +112,10 @@ def stream_gradient(
 
     It reaches back over all earlier steps of the stream. If the parameters have changed since, J_t
     mixes the influences of earlier ones: the gradient is approximate, and accurate at small
-    learning rates.
-    It is a gradient function whose state is the stream: `make_update(partial(stream_gradient,
-    influence=full), optimizer)`, with `init_state(params, optimizer, stream)`, takes one update for
-    each batch of a single step. `fit` evaluates without a key, so it takes `full` and `diagonal`.
+    learning rates. It is a gradient function whose state is the stream:
+    `make_update(partial(stream_gradient, influence=full), optimizer)`, with
+    `init_state(params, optimizer, stream)`, takes one update for each batch of a single step. `fit`
+    evaluates without a key, so it takes `full` and `diagonal`.
 
     Args:
       params: Params.

@@ -142,19 +142,7 @@ def fit(
     initial = Fit(state, _copy(state.params), (), False)
     result = initial if resume is None else _check_resume(resume, initial, patience, tolerance)
     compiled = compile_functions(gradient_fn, optimizer)
-    check = partial(check_values, params, h_0=h_0)
-
-    def check_held_out(batch: Batch) -> None:
-        check(batch)
-        jax.eval_shape(compiled.evaluate, state.params, batch, h_0)
-
-    # A Batch is a tuple. Another iterable may give other batches the next time.
-    evaluates_train = valid is None and isinstance(train, Sequence)
-    check_train = check_held_out if evaluates_train else check
-    train = check_once("train", check_train, train, value_dtype(params))
-    held_out = train
-    if not evaluates_train:
-        held_out = check_once("valid", check_held_out, valid, value_dtype(params))
+    train, held_out = _checked(compiled.evaluate, params, train, valid, h_0)
     evaluated = "train" if valid is None else "valid"
     run_epoch = epoch_runner(compiled, key, train, batch_size, h_0, max_skipped)
 
@@ -254,6 +242,27 @@ def _check_data(train: Any, valid: Any, batch_size: Any, h_0: Any, max_epochs: i
         raise ValueError(f"train: expected xs (T, examples, ...), got shape {train.xs.shape}")
     if batch_size is not None:
         checks.check_size("batch_size", batch_size)
+
+
+def _checked(
+    evaluate: Callable[..., Any], params: PyTree, train: Any, valid: Any, h_0: PyTree
+) -> tuple[Any, Any]:
+    """`train` and the held-out data, or None, whose values are checked before they are used."""
+    check = partial(check_values, params, h_0=h_0)
+
+    def check_held_out(batch: Batch) -> None:
+        check(batch)
+        jax.eval_shape(evaluate, params, batch, h_0)
+
+    dtype = value_dtype(params)
+    if valid is not None:
+        train = check_once("train", check, train, dtype)
+        return train, check_once("valid", check_held_out, valid, dtype)
+    # A Batch is a tuple. Another iterable may give other batches the next time.
+    if not isinstance(train, Sequence):
+        return check_once("train", check, train, dtype), None
+    train = check_once("train", check_held_out, train, dtype)
+    return train, train
 
 
 def _check_resume(resume: Any, initial: Fit, patience: int, tolerance: float) -> Fit:
