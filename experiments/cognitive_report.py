@@ -51,12 +51,10 @@ def draw(rows: list[dict]):
         right.plot(positions, accuracies.T, f"C{n}o", markersize=4)
     left.set(xlabel="evidence for right, % coherence", ylabel="chose right, %", ylim=(-2, 102))
     left.set_title("perceptual decision making: seeds and their mean")
-    right.axhline(90, color="black", linestyle="--", linewidth=1)
     right.set_xticks(range(len(row["tasks"])), row["tasks"], rotation=30)
     right.set(ylabel="correct trials, %", ylim=(0, 102))
     right.set_title("one network for all tasks: seeds and their mean")
     for ax in (left, right):
         ax.grid(axis="y", alpha=0.3)
     left.legend(loc="upper left")
-    right.legend(loc="lower right")
     return figure
