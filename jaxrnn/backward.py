@@ -193,7 +193,8 @@ def bptt(
     """The loss, the last state, and the gradient of the loss with respect to the parameters.
 
     A drop-in for `jax.value_and_grad(sequence_loss, has_aux=True)`: the same arguments, the same
-    results, to rounding.
+    results, to rounding. Inside `jax.shard_map`, the gradient is that of the device's own share,
+    where JAX sums the gradient of replicated parameters over the devices; see `data_parallel`.
 
     Args:
       params: Params.

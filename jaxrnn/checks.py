@@ -91,6 +91,12 @@ def is_scalar(x: Any) -> bool:
     return isinstance(x, Array | np.ndarray | Real) and getattr(x, "shape", ()) == ()
 
 
+def check_scalar(name: str, x: Any) -> None:
+    """Raises TypeError unless x is one number, which may be an array, also a traced one."""
+    if not is_scalar(x):
+        raise TypeError(f"{name}: expected a number, got {x!r}")
+
+
 def check_number(name: str, number: Any) -> None:
     """Raises TypeError unless number is one, of Python or NumPy."""
     if isinstance(number, bool) or not isinstance(number, Real):

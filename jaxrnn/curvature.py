@@ -114,6 +114,7 @@ def gauss_newton(
 
     def product(v: Params, structural: ArrayLike | None = None) -> Params:
         check_direction(v, params)
+        checks.check_scalar("structural", 0 if structural is None else structural)
         return _product(network, batch, h_0, K, saved, v, structural)
 
     return product
@@ -187,7 +188,7 @@ def damped(
       v -> the product, with the structure of v.
 
     Raises:
-      TypeError: product is not a function.
+      TypeError: product is not a function, or damping or structural not a number.
 
     >>> double = lambda v, structural=None: jax.tree.map(lambda leaf: 2 * leaf, v)
     >>> float(damped(double, 0.5)(jnp.array(4.0)))
@@ -195,10 +196,17 @@ def damped(
     """
 
     checks.check_function("product", product)
+    checks.check_scalar("damping", damping)
+    checks.check_scalar("structural", 0 if structural is None else structural)
+
+    def add(g: Array, leaf: Array) -> Array:
+        dtype = at_least_float32(leaf.dtype)
+        damping_term = jnp.asarray(damping, dtype) * leaf.astype(dtype)
+        return (g.astype(dtype) + damping_term).astype(leaf.dtype)
 
     def damped_product(v: Params) -> Params:
         Gv = product(v) if structural is None else product(v, structural=damping * structural)
-        total: Params = jax.tree.map(lambda g, leaf: (g + damping * leaf).astype(leaf.dtype), Gv, v)
+        total: Params = jax.tree.map(add, Gv, v)
         return total
 
     return damped_product

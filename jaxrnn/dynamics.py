@@ -57,7 +57,8 @@ def gradient_flow(
       loss: g and its loss, the mean over the steps that count.
 
     Returns:
-      Flow, in the parameters' dtype.
+      Flow, in the parameters' dtype. Float16 loses numbers below 6e-8, which long or wide batches
+      have: use float32.
 
     Raises:
       TypeError, ValueError: a dtype or shape does not fit; the message names the argument.

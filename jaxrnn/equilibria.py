@@ -75,8 +75,8 @@ def fixed_points(
     det(I - dF/dh) at all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some
     are missing.
 
-    A leak does not move the fixed points: search and tolerance are those without one. It changes
-    the speeds and Jacobians.
+    A leak moves no fixed point: search and tolerance are those without one, speeds and Jacobians
+    with it. The search has no reverse-mode derivative.
 
     Starts that are split by explicit sharding are searched on their own devices. Those split by
     automatic sharding need `jax.shard_map`: under plain `jit` all devices wait for one another

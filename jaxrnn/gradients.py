@@ -10,6 +10,7 @@ from jax import Array
 
 from jaxrnn import checks
 from jaxrnn.params import at_least_float32
+from jaxrnn.sharding import match_varying_axes
 
 PyTree: TypeAlias = Any
 """A pytree of arrays."""
@@ -128,6 +129,7 @@ def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree
         checks.check_function(name, function)
 
     def gradient(theta: PyTree, batch: Any, h_0: PyTree = None, **keywords: Any) -> Any:
+        theta = match_varying_axes(theta, (theta, batch, h_0))  # as the gradient does
         params, pullback = jax.vjp(to_params, theta)
         checks.check_float_tree("to_params(theta)", params)
         (value, h_T), grads = call_gradient(gradient_fn, params, batch, h_0, **keywords)

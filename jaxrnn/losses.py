@@ -45,9 +45,11 @@ def check_loss(loss: Any, shape: tuple[int, ...], dtype: DTypeLike, targets: Any
     if not all(callable(getattr(loss, part, None)) for part in ("g", "value", "error")):
         raise TypeError(f"loss: expected a Loss(g, value, error), got {loss!r}")
     ys = jax.ShapeDtypeStruct(shape, dtype)
-    value = jax.eval_shape(loss.value, ys, targets)
+    with checks.noted("The error is in loss.value."):
+        value = jax.eval_shape(loss.value, ys, targets)
     checks.check_shape("loss.value", value, shape[:-1], "one loss for each y")
-    error = jax.eval_shape(loss.error, ys, targets)
+    with checks.noted("The error is in loss.error."):
+        error = jax.eval_shape(loss.error, ys, targets)
     checks.check_shape("loss.error", error, shape, "one derivative for each y")
 
 

@@ -68,6 +68,7 @@ def readout(params: Params, hs: Array) -> Array:
 
 def select_rows(W: Array, tokens: Array) -> Array:
     """W[tokens], split over devices as the tokens are."""
+    W = jnp.asarray(W)  # NumPy takes no traced tokens
     tokens = tokens.astype(jnp.int32)  # 8 bits hold no number of rows above 127
     sharding = explicit_sharding(tokens)
     if sharding is None:

@@ -140,7 +140,11 @@ def fit(
     _check_data(train, valid, batch_size, h_0, max_epochs)
     state = init_state(params, optimizer, h_0, key=gradient_key)
     initial = Fit(state, _copy(state.params), (), False)
-    result = initial if resume is None else _check_resume(resume, initial, patience, tolerance)
+    result = initial if resume is None else _check_resume(resume, initial)
+    progress = _Progress()
+    for row in result.history:
+        progress = progress.after(row, tolerance)
+    result = result._replace(converged=progress.waited >= patience)
     compiled = compile_functions(gradient_fn, optimizer)
     train, held_out = _checked(compiled.evaluate, params, train, valid, h_0)
     evaluated = "train" if valid is None else "valid"
@@ -163,7 +167,10 @@ def fit(
                 )
             skipped = count_skipped(metrics, state.step.item())
             row = Evaluation(epoch, train_loss, valid_loss, skipped)
-            result = _extend(result, state, row, patience, tolerance)
+            # A copy, because an update that continues from the state donates its parameters.
+            best = _copy(state.params) if row.valid_loss < progress.lowest else result.best
+            progress = progress.after(row, tolerance)
+            result = Fit(state, best, (*result.history, row), progress.waited >= patience)
             if callback is not None and _stops(callback(result)):
                 break
     except KeyboardInterrupt:
@@ -173,16 +180,26 @@ def fit(
     return result
 
 
-def _extend(
-    result: Fit, state: TrainState, row: Evaluation, patience: int, tolerance: float
-) -> Fit:
-    """The result with one more epoch."""
-    # min keeps the first of its arguments if the others are NaN.
-    lowest = min([math.inf, *(earlier.valid_loss for earlier in result.history)])
-    # A copy, because an update that continues from the state donates its parameters.
-    best = _copy(state.params) if row.valid_loss < lowest else result.best
-    history = (*result.history, row)
-    return Fit(state, best, history, _epochs_without_improvement(history, tolerance) >= patience)
+class _Progress(NamedTuple):
+    """What decides which parameters are the best, and when training ends.
+
+    Attributes:
+      lowest: the lowest valid_loss so far.
+      lowest_applied: the same over the epochs that applied an update.
+      waited: how many of these have passed since it improved by the tolerance.
+    """
+
+    lowest: float = math.inf
+    lowest_applied: float = math.inf
+    waited: int = 0
+
+    def after(self, row: Evaluation, tolerance: float) -> "_Progress":
+        """The progress after one more epoch. min keeps its first argument if the other is NaN."""
+        _, lowest, waited = self
+        if not math.isnan(row.train_loss):  # else no update was applied: max_skipped decides
+            waited = 0 if row.valid_loss < lowest - tolerance else waited + 1
+            lowest = min(lowest, row.valid_loss)
+        return _Progress(min(self.lowest, row.valid_loss), lowest, waited)
 
 
 def _copy(params: PyTree) -> PyTree:
@@ -197,15 +214,6 @@ def _stops(returned: Any) -> bool:
             f"callback: expected a function that returns None or a bool, got {returned!r}"
         )
     return bool(returned)
-
-
-def _epochs_without_improvement(history: tuple[Evaluation, ...], tolerance: float) -> int:
-    lowest, waited = math.inf, 0
-    for row in history:
-        if not math.isnan(row.train_loss):  # else no update was applied: max_skipped decides
-            waited = 0 if row.valid_loss < lowest - tolerance else waited + 1
-            lowest = min(lowest, row.valid_loss)
-    return waited
 
 
 def _check_settings(
@@ -265,7 +273,7 @@ def _checked(
     return train, train
 
 
-def _check_resume(resume: Any, initial: Fit, patience: int, tolerance: float) -> Fit:
+def _check_resume(resume: Any, initial: Fit) -> Fit:
     """The Fit to continue from, as JAX arrays, if it fits the other arguments."""
     if not isinstance(resume, Fit):
         raise TypeError(f"resume: expected a Fit or None, got {type(resume).__name__}")
@@ -278,9 +286,8 @@ def _check_resume(resume: Any, initial: Fit, patience: int, tolerance: float) ->
                 f"resume: expected {kinds[0]} at {name}, as params, optimizer, h_0 and "
                 f"gradient_key give, got {kinds[1]}"
             )
-    history = tuple(resume.history)
     state, best = jax.tree.map(jnp.asarray, (resume.state, resume.best))
-    return Fit(state, best, history, _epochs_without_improvement(history, tolerance) >= patience)
+    return Fit(state, best, tuple(resume.history), False)
 
 
 def _kinds(tree: PyTree) -> dict[str, str]:

@@ -256,3 +256,27 @@ def test_checkpointing_bounds_the_memory_of_a_product():
     short, long = temporary(1024), temporary(16 * 1024)
     assert long <= 4.5 * short
     assert long <= 16 * 1024 * 16 * 64 * 4 / 5  # a fifth of the states of all steps
+
+
+@pytest.mark.parametrize("wrong", [jnp.ones((1, 1)), "0.1", None], ids=str)
+def test_a_damping_that_is_not_a_number_is_named(wrong):
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
+    product = curvature.gauss_newton(params, Batch(jnp.ones((5, 3)), jnp.zeros(5, int)))
+    with pytest.raises(TypeError, match="damping: expected a number"):
+        curvature.damped(product, wrong)
+    if wrong is not None:
+        for call in (
+            partial(curvature.damped, product, 0.1, wrong),
+            partial(product, params, wrong),
+        ):
+            with pytest.raises(TypeError, match="structural: expected a number"):
+                call()
+
+
+def test_a_damping_of_another_dtype_keeps_that_of_the_parameters():
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2, dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        got = curvature.damped(lambda v: v, jnp.float32(0.5))(params)
+    for leaf, before in zip(got, params, strict=True):
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, jnp.bfloat16(1.5) * before)

@@ -1,10 +1,15 @@
 """Integers are tokens: integer features are an error of `xs`, and the message says what to do."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxrnn
 from jaxrnn import Batch
+from tests.reference import relative_errors
 from tests.test_checks import KEY, LABELS, B, H, T, zeros
 
 PIANO_ROLL = np.ones((T, B, 8), np.uint8)
@@ -78,3 +83,12 @@ def test_targets_or_weights_say_that_xs_are_tokens():
         np.testing.assert_allclose(
             jaxrnn.sequence_loss(params, batch)[0], jaxrnn.bptt(params, batch)[0][0], rtol=1e-5
         )
+
+
+def test_parameters_of_numpy_take_traced_tokens():
+    params = jax.tree.map(np.asarray, jaxrnn.init(KEY, 5, H, 2))
+    batch = Batch(np.arange(4 * T * B).reshape(4 * T, B) % 5, np.zeros((4 * T, B), int))
+    expected = jaxrnn.bptt(jax.tree.map(jnp.asarray, params), batch)[1]
+    for gradient in (partial(jaxrnn.bptt, checkpoint_every=7), jaxrnn.rtrl):
+        assert max(relative_errors(gradient(params, batch)[1], expected)) <= 1e-5
+    jax.jit(lambda xs: jaxrnn.unroll(params, xs))(batch.xs)

@@ -144,3 +144,15 @@ def test_a_loss_may_be_of_a_wider_dtype_than_the_parameters(gradient_fn):
 
 def _widened(function, *arguments):
     return function(*arguments).astype(jnp.float64)
+
+
+@pytest.mark.parametrize("part", ["value", "error"])
+def test_an_error_of_a_loss_names_it(part):
+    def fails(y, target):
+        return y - target  # a label for each y
+
+    loss = jaxrnn.cross_entropy._replace(**{part: fails})
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
+    with pytest.raises((TypeError, ValueError)) as raised:
+        jaxrnn.bptt(params, Batch(jnp.ones((5, 4, 3)), jnp.zeros((5, 4), int)), loss=loss)
+    assert f"The error is in loss.{part}." in raised.value.__notes__

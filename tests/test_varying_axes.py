@@ -130,3 +130,20 @@ def test_a_sweep_over_leaks():
 def test_nothing_is_computed_outside_shard_map():
     jaxpr = jax.make_jaxpr(match_varying_axes)(jnp.zeros(3), jnp.ones(3))
     assert not jaxpr.eqns
+
+
+def test_reparametrized_gives_the_gradient_of_the_share():
+    """As bptt does, where autodiff sums the gradient of replicated parameters over the devices."""
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
+    batch = Batch(jax.random.normal(jax.random.key(1), (5, 4, 3)), jnp.zeros((5, 4), int))
+    gradient = jaxrnn.reparametrized(jaxrnn.bptt, lambda t: t._replace(W_h=jnp.abs(t.W_h)))
+
+    def mean(params, batch):
+        return jax.tree.map(lambda d: jax.lax.pmean(d, "d"), gradient(params, batch)[1])
+
+    mesh = Mesh(jax.devices()[:2], "d")
+    shares = jax.shard_map(mean, mesh=mesh, in_specs=(P(), P(None, "d")), out_specs=P())
+    for got, expected in zip(
+        jax.jit(shares)(params, batch), gradient(params, batch)[1], strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
