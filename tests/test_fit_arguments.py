@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxrnn
-from jaxrnn import Batch
+from jaxrnn import Batch, training
 from tests.recipe_cases import labelled_batch, network
 
 
@@ -129,3 +129,27 @@ def test_the_scale_of_the_weights_does_not_matter(weight):
         jax.tree.leaves(at_scale(weight)), jax.tree.leaves(at_scale(1.0)), strict=True
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+
+
+class Stream:
+    """Batches that are made anew for each pass."""
+
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_batches_of_an_iterable_are_checked_during_the_first_pass(name, params, monkeypatch):
+    checked = []
+    monkeypatch.setattr(training, "check_values", lambda params, batch, **_: checked.append(batch))
+    data = {"train": GOOD} | {name: Stream(GOOD, GOOD)}
+    jaxrnn.fit(jax.random.key(0), params, **data, optimizer=optax.sgd(0.1), max_epochs=3)
+    assert len(checked) == len(data) + 1
+
+    monkeypatch.undo()
+    data[name] = Stream(GOOD, GOOD._replace(targets=2 + 0 * LABELS))
+    with pytest.raises(ValueError, match=rf"(?s)^targets: .*The batch is {name}\[1\]"):
+        jaxrnn.fit(jax.random.key(0), params, **data, optimizer=optax.sgd(0.1))
