@@ -68,14 +68,16 @@ def autodiff_f_prime(f: Callable[[Array], Array], z: Array) -> Array:
     return jnp.asarray(jax.jvp(f, (z,), (full_as(z, 1),))[1])
 
 
-def has_traced_values(activation: Activation, dtype: DTypeLike) -> bool:
-    """Whether f depends on values that are being traced, such as a slope that is learned."""
-    f: Any = activation.f
+def has_traced_values(function: Any, *arguments: Any) -> bool:
+    """Whether a function depends on values that are being traced, such as a slope that is learned.
+
+    It is traced with arguments of the shapes and dtypes of these.
+    """
     try:
-        hash(f)
+        hash(function)
     except TypeError:  # such as a dataclass: JAX keeps what it traces by the function
-        f = partial(activation.f)
-    _, traced = jax.closure_convert(f, jax.ShapeDtypeStruct((1, 2), dtype))
+        function = partial(function)
+    _, traced = jax.closure_convert(function, *arguments)
     return bool(traced)
 
 

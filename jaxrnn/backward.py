@@ -38,7 +38,7 @@ from jaxrnn.blocks import (
     near_divisor,
     scan_blocks,
 )
-from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
+from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, learns
 from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.products import input_zs, readout
 from jaxrnn.recurrence import (
@@ -110,15 +110,26 @@ def block_output(params: Params, block: Batch, hs: Array, loss: Loss) -> Output:
 
 
 def block_output_if_any(params: Params, block: Batch, hs: Array, loss: Loss) -> Output:
-    """`block_output`, or zeros if no step of the block counts, as with targets at the end alone."""
+    """`block_output`, or zeros if no step of the block counts, as with targets at the end alone.
+
+    Its derivatives are those of `block_output`: that by the weights is not 0 where these are.
+    """
 
     def nothing(hs: Array) -> Output:
         dtype = at_least_float32(params.W_h.dtype)
         sums = jnp.zeros(params.W_y.shape, dtype), jnp.zeros(params.b_y.shape, dtype)
         return match_varying_axes((jnp.zeros((), dtype), full_as(hs, 0), sums), hs)
 
-    counts = (step_weights(block) != 0).any()
-    output: Output = lax.cond(counts, partial(block_output, params, block, loss=loss), nothing, hs)
+    function = partial(block_output, loss=loss)
+
+    @jax.custom_jvp
+    def if_any(params: Params, block: Batch, hs: Array) -> Output:
+        counts = (step_weights(block) != 0).any()
+        output: Output = lax.cond(counts, partial(function, params, block), nothing, hs)
+        return output
+
+    if_any.defjvp(partial(jax.jvp, function))
+    output: Output = if_any(params, block, hs)
     return output
 
 
@@ -244,6 +255,7 @@ def bptt(
 
     # On a GPU, a condition waits for the device.
     can_skip = batch.weights is not None and K < T and jax.default_backend() == "cpu"
+    can_skip = can_skip and not learns(loss, params, batch)
     output = block_output_if_any if can_skip else block_output
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:

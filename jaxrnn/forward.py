@@ -5,6 +5,7 @@ that is not sequential taken out of the loop over time, in the forward pass and 
 autodiff derives from it.
 """
 
+import jax
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -130,7 +131,7 @@ def hidden_states(
     zs_x = input_zs(params, xs, drive, mask)
     # The custom rule has no gradient for values closed over by the activation; autodiff does.
     arguments = activation, params.W_h, zs_x, h_0, as_leak(params, leak), mask, reset
-    traced = has_traced_values(activation, params.W_h.dtype)
+    traced = has_traced_values(activation.f, jax.ShapeDtypeStruct((1, 2), params.W_h.dtype))
     hs = recur(*arguments, loop)[0] if traced else hoisted_recur(loop, *arguments)
     h_T = hs[-1] if hs.shape[0] else h_0
     return h_T, where_exists(mask, hs)

@@ -13,9 +13,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxrnn import checks
-from jaxrnn.activations import check_activation, identity, sigmoid
+from jaxrnn.activations import check_activation, has_traced_values, identity, sigmoid
 from jaxrnn.batches import Batch, check_batch, mean_weights, steps_shape, where_exists
-from jaxrnn.params import at_least_float32, check_leak, check_params
+from jaxrnn.params import Params, at_least_float32, check_leak, check_params
 
 
 class Loss(NamedTuple):
@@ -51,6 +51,13 @@ def check_loss(loss: Any, shape: tuple[int, ...], dtype: DTypeLike, targets: Any
     with checks.noted("The error is in loss.error."):
         error = jax.eval_shape(loss.error, ys, targets)
     checks.check_shape("loss.error", error, shape, "one derivative for each y")
+
+
+def learns(loss: Loss, params: Params, batch: Batch) -> bool:
+    """Whether a loss depends on values that are being traced, such as a scale that is learned."""
+    shape = (*steps_shape(batch.xs), params.W_y.shape[0])
+    ys = jax.ShapeDtypeStruct(shape, at_least_float32(params.W_y.dtype))
+    return any(has_traced_values(part, ys, batch.targets) for part in (loss.value, loss.error))
 
 
 def _distribution(y: Array, target: Array) -> tuple[Array, Array | int]:

@@ -241,8 +241,6 @@ FAULTS = {
     "columns of theta exchanged": ("Params(dtheta[:, :I], ", "Params(dtheta[:, I:-1], "),
     "weights ignored": ("block_output(params, now,",
                         "block_output(params, now._replace(weights=None),"),
-    "mask ignored in the loss": ("block_output(params, now,",
-                                 "block_output(params, now._replace(mask=None),"),
     "divided by all steps": ("weights.sum())", "jnp.asarray(batch.mask.size, dtype))"),
     "drive left out": ("input_zs(params, x, now.drive, now.mask)",
                        "input_zs(params, x, None, now.mask)"),

@@ -1,0 +1,66 @@
+"""Derivatives by the weights, also where a block of steps has none and its output is left out."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxrnn
+from jaxrnn import Batch, Loss
+from tests.recipe_cases import draw, network
+from tests.reference import relative_errors
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+T, B = 24, 3
+
+
+def batch():
+    xs, labels = jnp.asarray(draw(0, T, B, 2)), jnp.arange(T * B).reshape(T, B) % 2
+    mask = jax.random.bernoulli(jax.random.key(1), 0.8, (T, B))
+    return Batch(xs, labels, mask, weights=jnp.zeros((T, B)).at[-3:].set(1.0))
+
+
+def by_hand(params, weights, loss=jaxrnn.cross_entropy):
+    data = batch()._replace(weights=weights)
+    (value, _), grads = jaxrnn.bptt(params, data, checkpoint_every=4, loss=loss)
+    return value, grads
+
+
+def by_autodiff(params, weights, loss=jaxrnn.cross_entropy):
+    def value(params):
+        return jaxrnn.sequence_loss(params, batch()._replace(weights=weights), loss=loss)[0]
+
+    return jax.value_and_grad(value)(params)
+
+
+DERIVATIVES = {
+    "of the value": lambda f: jax.grad(lambda p, w: f(p, w)[0], 1),
+    "of the gradient": lambda f: jax.jacobian(lambda p, w: f(p, w)[1], 1),
+    "of the gradient by autodiff": lambda f: jax.jacrev(jax.grad(lambda p, w: f(p, w)[0], 0), 1),
+    "forward": lambda f: lambda p, w: jax.jvp(lambda w: f(p, w), (w,), (w + 0.5,))[1],
+}
+
+
+@pytest.mark.parametrize("which", DERIVATIVES)
+def test_derivatives_by_the_weights_equal_autodiff(which):
+    derivative, params, weights = DERIVATIVES[which], network(0, 2, 4), batch().weights
+    got, expected = (jax.jit(derivative(f))(params, weights) for f in (by_hand, by_autodiff))
+    assert max(relative_errors(got, expected)) <= 1e-12
+
+
+def test_a_loss_that_learns():
+    """Its scale s is traced: the derivative of the value by s is the loss itself."""
+    params, weights = network(0, 2, 4), batch().weights
+
+    def value(f, s, weights):
+        plain = jaxrnn.cross_entropy
+        scaled = Loss(
+            plain.g, lambda y, t: s * plain.value(y, t), lambda y, t: s * plain.error(y, t)
+        )
+        return f(params, weights, scaled)[0]
+
+    got, expected = (
+        jax.jit(jax.grad(lambda s, w, f=f: value(f, s, w), (0, 1)))(2.0, weights)
+        for f in (by_hand, by_autodiff)
+    )
+    assert max(relative_errors(got, expected)) <= 1e-12
