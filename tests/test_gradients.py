@@ -155,7 +155,7 @@ def test_what_a_gradient_function_returns_is_checked(name, batch):
     if name != "state of another shape":  # carried by none of these
         mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
         calls += [
-            lambda: jaxrnn.data_parallel(gradient_fn, mesh)(params, batch),
+            lambda: jax.eval_shape(jaxrnn.data_parallel(gradient_fn, mesh), params, batch),
             lambda: jaxrnn.fit(
                 jax.random.key(0), params, batch, optimizer=optimizer, gradient_fn=gradient_fn
             ),
