@@ -22,7 +22,7 @@ from jaxrnn.epochs import (
     mean_loss_of_updates,
     raise_if_diverged,
 )
-from jaxrnn.evaluation import check_batches, mean_over_batches
+from jaxrnn.evaluation import NO_STEP, check_batches, mean_over_batches
 from jaxrnn.gradients import GradientFn, PyTree, value_dtype
 from jaxrnn.update import Optimizer, TrainState, init_state
 from jaxrnn.value_checks import check_values
@@ -157,7 +157,7 @@ def fit(
                 break
             state, metrics = run_epoch(result.state, epoch)
             if not metrics.counted.any():
-                raise ValueError("train: expected at least one step that counts, got none")
+                raise ValueError(f"train: {NO_STEP}")
             norms = [*norms[-2 * max_skipped :], *metrics.gradient_norm.tolist()]
             raise_if_diverged(metrics, state.step.item(), norms, max_skipped)
             train_loss = valid_loss = mean_loss_of_updates(metrics).item()

@@ -140,8 +140,8 @@ def test_evaluate_weighs_batches_by_their_counted_steps(params):
     expected = sequence_loss(params, data)[0]
     np.testing.assert_allclose(jaxrnn.evaluate(params, halves(data)), expected, rtol=1e-6)
     nothing = data._replace(mask=jnp.zeros((8, 50), bool))
-    for batches in ([], nothing, [nothing]):
-        with pytest.raises(ValueError, match=r"^batches: expected at least one (step|batch)"):
+    for batches, missing in (([], "batch,"), (nothing, "step that"), ([nothing], "step that")):
+        with pytest.raises(ValueError, match=f"^batches: expected at least one {missing}"):
             jaxrnn.evaluate(params, batches)
 
 
