@@ -119,6 +119,17 @@ def check_state(name: str, params: Params, h: Any, batch_shape: tuple[int, ...])
     checks.check_shape(name, h, (*batch_shape, params.W_h.shape[0]), "*batch, H")
 
 
+def check_step(params: Params, h: Any, x: Any, drive: Any) -> None:
+    """Raises TypeError or ValueError unless state, input and drive of a step fit one another."""
+    check_input("x", params, x, "*batch")
+    checks.check_float_array("h", h)
+    batch_shape = steps_shape(x)
+    if checks.is_integer(x) and x.shape == (*h.shape[:-1], params.W_x.shape[1]):
+        raise ValueError(_features("x", x, "*batch"))
+    check_state("h", params, h, batch_shape)
+    check_drive(params, drive, batch_shape, "*batch as in x")
+
+
 def check_flags(name: str, flags: Any, steps: tuple[int, ...]) -> None:
     """Raises TypeError or ValueError unless flags are None, or one bool for each step."""
     if flags is None:
@@ -205,10 +216,17 @@ def check_tokens(params: Params | None, batch: Batch, h_0: Any) -> None:
         ambiguous or not _fits(params, batch, h_0, xs.ndim)
     ):
         raise ValueError(
-            "xs: expected a floating-point dtype for inputs with a feature axis, got "
-            f"{xs.dtype} of shape {xs.shape}. Integers are tokens (T, *batch): convert features "
-            "with .astype(jnp.float32), or give a mask or h_0 with tokens of this shape"
+            _features("xs", xs, "T, *batch") + ", or give a mask or h_0 with tokens of this shape"
         )
+
+
+def _features(name: str, x: Any, leading: str) -> str:
+    """The message for integers that fit as numbers with a feature axis."""
+    return (
+        f"{name}: expected a floating-point dtype for inputs with a feature axis, got {x.dtype} of "
+        f"shape {x.shape}. Integers are tokens ({leading}): convert features with "
+        ".astype(jnp.float32)"
+    )
 
 
 def _fits(params: Params | None, batch: Batch, h_0: Any, rank: int) -> bool:

@@ -11,15 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, has_traced_values, tanh
-from jaxrnn.batches import (
-    Batch,
-    check_drive,
-    check_input,
-    check_sequence,
-    check_state,
-    steps_shape,
-    where_exists,
-)
+from jaxrnn.batches import Batch, check_sequence, check_step, where_exists
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, readout
@@ -68,10 +60,8 @@ def step(
     """
     check_params(params)
     check_activation(activation, params.W_h.dtype)
-    check_input("x", params, x, "*batch")
     check_leak(leak, params)
-    check_state("h", params, h, steps_shape(x))
-    check_drive(params, drive, steps_shape(x), "*batch as in x")
+    check_step(params, h, x, drive)
     h = h.astype(params.W_h.dtype)
     z = input_zs(params, x, drive) + h @ params.W_h.T
     h = leaky(as_leak(params, leak), h, activation.f(z))

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, autodiff_f_prime, check_activation, tanh
-from jaxrnn.batches import check_drive, check_input, check_sequence, check_state, steps_shape
+from jaxrnn.batches import check_sequence, check_step
 from jaxrnn.forward import hidden_states
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
@@ -59,9 +59,7 @@ def jacobian(
     check_params(params)
     check_activation(activation, params.W_h.dtype)
     check_leak(leak, params)
-    check_input("x", params, x, "*batch")
-    check_state("h", params, h, steps_shape(x))
-    check_drive(params, drive, steps_shape(x), "*batch as in x")
+    check_step(params, h, x, drive)
     h = h.astype(params.W_h.dtype)
     z_x = input_zs(params, x, drive)
     return state_jacobian(activation, params.W_h, z_x, h, as_leak(params, leak))

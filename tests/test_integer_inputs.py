@@ -1,5 +1,6 @@
 """Integers are tokens: integer features are an error of `xs`, and the message says what to do."""
 
+import re
 from functools import partial
 
 import jax
@@ -13,9 +14,8 @@ from tests.reference import relative_errors
 from tests.test_checks import KEY, LABELS, B, H, T, zeros
 
 PIANO_ROLL = np.ones((T, B, 8), np.uint8)
-FEATURES = (
-    r"xs: expected a floating-point dtype for .* feature axis, got uint8 of shape \(7, 4, 8\)"
-)
+NO_FLOATS = ": expected a floating-point dtype for .* feature axis, got uint8 of shape "
+FEATURES = "xs" + NO_FLOATS + re.escape("(7, 4, 8)")
 
 
 @pytest.mark.parametrize("call", [jaxrnn.bptt, jaxrnn.sequence_loss, jaxrnn.check_values])
@@ -73,6 +73,15 @@ def test_integer_features_without_targets_are_an_error_of_xs(call):
         with pytest.raises(ValueError, match="^" + FEATURES):
             call(params, PIANO_ROLL, h_0)
     call(params, PIANO_ROLL, zeros(B, 8, H))
+
+
+@pytest.mark.parametrize("call", [jaxrnn.step, jaxrnn.jacobian], ids=lambda f: f.__name__)
+def test_integer_features_of_one_step_are_an_error_of_x(call):
+    params, x = jaxrnn.init(KEY, 8, H, 8), PIANO_ROLL[0]
+    with pytest.raises(ValueError, match="^x" + NO_FLOATS):
+        call(params, zeros(B, H), x)
+    call(params, zeros(B, H), x.astype(np.float32))
+    call(params, zeros(B, 8, H), x)
 
 
 def test_targets_or_weights_say_that_xs_are_tokens():
