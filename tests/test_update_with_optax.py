@@ -147,12 +147,22 @@ def test_an_optimiser_that_was_not_called_is_named(factory, as_dict):
         jaxrnn.fit(jax.random.key(0), params, labelled_batch(), optimizer=factory)
 
 
-@pytest.mark.parametrize("rule", [lambda params, grads: None, lambda params, grads: grads.W_h])
-def test_a_rule_that_returns_something_else_is_named(rule):
+@pytest.mark.parametrize(
+    ("rule", "advice"),
+    [
+        (lambda params, grads: None, False),
+        (lambda params, grads: grads.W_h, False),
+        (partial(optax.adam, eps=1e-6), True),
+    ],
+    ids=["nothing", "one leaf", "an optimiser"],
+)
+def test_a_rule_that_returns_something_else_is_named(rule, advice):
     update = jaxrnn.make_update(jaxrnn.bptt, rule)
     state = jaxrnn.init_state(jaxrnn.init(jax.random.key(0), 2, 4, 2), rule)
-    with pytest.raises(TypeError, match=r"^optimizer: expected a rule that returns new parameters"):
+    message = r"^optimizer: expected a rule that returns new parameters"
+    with pytest.raises(TypeError, match=message) as error:
         update(state, labelled_batch())
+    assert ("Call the optax function first" in str(error.value)) == advice
 
 
 def test_a_rule_may_return_any_pytree_class():
