@@ -102,7 +102,7 @@ def load(folder: Path) -> tuple[Params, str]:
 
 
 def escape_controls(text: str) -> str:
-    r"""Escapes control characters but line breaks and tabs, so that no terminal obeys them.
+    r"""Escapes control characters except line breaks and tabs, so that no terminal obeys them.
 
     >>> escape_controls("a\tb\x1b[2J\n")
     'a\tb\\x1b[2J\n'

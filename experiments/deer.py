@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import jaxrnn
-from jaxrnn import Params
-from jaxrnn.jacobians import jacobian
+from jaxrnn import Params, jacobian
 
 
 class Linear(NamedTuple):

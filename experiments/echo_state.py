@@ -144,10 +144,12 @@ def fit_readout(params: Params, hs, targets, ridge: float) -> Params:
 
 
 class Predicted(NamedTuple):
-    """Attributes:
-    hs: the states of all steps, (T, H).
-    ys: the predictions of the test, (test, 1).
-    loops: the closed loops, (loop, starts, 1), or None.
+    """What a network predicts.
+
+    Attributes:
+      hs: the states of all steps, (T, H).
+      ys: the predictions of the test, (test, 1).
+      loops: the closed loops, (loop, starts, 1), or None.
     """
 
     hs: Any

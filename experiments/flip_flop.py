@@ -5,7 +5,7 @@ of the last pulse of its input (Sussillo and Barak 2013). The trained rate netwo
 memories at stable fixed points, and passes saddles from one to the other. They are searched with
 the input 0, from means of two states on trajectories, with noise, in two ways:
 
-    Newton    `jaxrnn.equilibria.fixed_points`
+    Newton    `jaxrnn.fixed_points`
     Adam      on q = |h - F(h)|^2 / 2, as FixedPointFinder does (Golub and Sussillo 2018)
 
 The signs of det(I - dF/dh) over all fixed points add up to 1: see `fixed_points`.
@@ -33,9 +33,7 @@ import jaxrnn
 from experiments import cli
 from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
 from experiments.reports import Report, mean_and_spread
-from jaxrnn import Batch, Params
-from jaxrnn.equilibria import FixedPoints, distinct, fixed_points, stability
-from jaxrnn.jacobians import jacobian
+from jaxrnn import Batch, FixedPoints, Params, distinct, fixed_points, jacobian, stability
 
 BITS = 3
 PULSES = 0.05  # the probability of a pulse of an input at a step

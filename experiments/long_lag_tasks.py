@@ -178,7 +178,8 @@ def make_gradient_fn(task: Task, method: Method):
 
 
 def is_wrong_class(y, target):
-    return y.argmax(axis=-1) != target
+    at_target = jnp.take_along_axis(y, target[..., None], axis=-1)[..., 0]
+    return ~(at_target >= y.max(axis=-1))  # NaN is wrong
 
 
 def wrong_sequences(task: Task, params: Params, batch: Batch, f: Activation = jaxrnn.tanh):

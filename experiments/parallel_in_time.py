@@ -30,7 +30,6 @@ import jaxrnn
 from experiments import cli
 from experiments.deer import deer, diagonal, full
 from experiments.reports import Report, mean_and_spread
-from jaxrnn.jacobians import lyapunov_exponents
 
 METHODS = {"full": full, "diagonal": diagonal}
 EQUAL = 1e-3
@@ -122,7 +121,7 @@ def measure(config: Config, report: Report, H: int, T: int):
         )
         for name, linear in METHODS.items()
     }
-    unroll, exponents = jax.jit(jaxrnn.hidden_states), jax.jit(lyapunov_exponents)
+    unroll, exponents = jax.jit(jaxrnn.hidden_states), jax.jit(jaxrnn.lyapunov_exponents)
     for gain in config.gains:
         for n in range(config.seeds):
             params, xs = draw_network(config, H, T, gain, n)

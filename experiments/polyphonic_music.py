@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import jaxrnn
 from experiments import cli
-from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
+from experiments.multi_seed import nan_if_skipped, shard_seeds, stack, use_all_cores
 from experiments.music_data import lay_out, read
 from experiments.regularizer import regularizer
 from experiments.reports import Report, finite, mean_and_spread
@@ -166,7 +166,7 @@ def init_states(config: Config, B: int, notes: int, optimizer) -> TrainState:
         params = jaxrnn.init(key_init, notes, H, notes, W_h_init=orthogonal)
         h = jnp.zeros((B, H))
         states.append(jaxrnn.init_state(params, optimizer, h, key=key_dropout))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return stack(states)
 
 
 def train(config: Config, method: str, pieces: dict[str, list[np.ndarray]]):

@@ -216,8 +216,10 @@ def bptt(
       loss: g and its loss.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
         forward pass, and memory proportional to T/K + K instead of T. The spacing is the divisor of
-        T nearest to K by ratio, between K/2 and 2 K; if there is none, a number near K. None stores
-        all states, as a symbolic T of `jax.export` does.
+        T nearest to K by ratio, between K/2 and 2 K; if there is none, a number near K. It is also
+        the length of a block, and each block makes a gradient of every weight: with few steps or
+        large weights, K takes more memory than None. None stores all states, as a symbolic T of
+        `jax.export` does.
       loop: what runs the steps, such as `kernels.loop`.
 
     Returns:

@@ -27,10 +27,10 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     - If its widest array has more than 16,384 numbers, K I is at most about T H / 2, and K O about
       T H: its inputs take half the memory of all states, its outputs as much as these.
 
-    There is one block if up to 512 steps have at most 32,768 numbers in the widest array, which
-    takes less time, also to compile; if the inputs that each block copies were four times as large
-    as all states; and if W_x, whose gradient each block copies, is twice as large as these. Tokens
-    take no room as inputs.
+    There is one block in three cases. Up to 512 steps have at most 32,768 numbers in the widest
+    array: one block takes less time, also to compile. The inputs that each block copies are at
+    least four times as large as all states. W_x, whose gradient each block copies, is at least
+    twice as large as all states. Tokens take no room as inputs.
 
     On a GPU a block has about 128 steps, and there is one block if each loop is `one_kernel`.
     """
@@ -115,10 +115,10 @@ def scan_blocks(
         block = steps_from(start, batch, K)
         if states:
             h_0, arrays = states
-            own_shared = T % K, len(arrays[0]) - T
-            before = jnp.maximum(stored_at(start - 1, *own_shared), 0)
+            own, shared = T % K, len(arrays[0]) - T
+            before = jnp.maximum(stored_at(start - 1, own, shared), 0)
             h = jnp.where(k == 0, h_0, at_step(before, arrays[0]))
-            saved = h, steps_from(stored_at(start, *own_shared), arrays, K)
+            saved = h, steps_from(stored_at(start, own, shared), arrays, K)
         if T % K == 0:
             return body(carry, block, None, saved)
         last = jnp.where(k == 0, T % K, K) - 1

@@ -113,16 +113,21 @@ def gauss_newton(
     _, saved = scan_blocks(forward, h_0, batch, K)
 
     def product(v: Params, structural: ArrayLike | None = None) -> Params:
-        check_direction(v, params)
-        checks.check_scalar("structural", 0 if structural is None else structural)
+        _check_arguments(params, v, structural)
         return _product(network, batch, h_0, K, saved, v, structural)
 
     return product
 
 
+def _check_arguments(params: Params, v: Params, structural: ArrayLike | None) -> None:
+    check_direction(v, params)
+    if structural is not None:
+        checks.check_scalar("structural", structural)
+
+
 def _no_product(params: Params, v: Params, structural: ArrayLike | None = None) -> Params:
     """G v of no steps."""
-    check_direction(v, params)
+    _check_arguments(params, v, structural)
     zeros: Params = jax.tree.map(jnp.zeros_like, v)
     return zeros
 
@@ -194,10 +199,10 @@ def damped(
     >>> float(damped(double, 0.5)(jnp.array(4.0)))
     10.0
     """
-
     checks.check_function("product", product)
     checks.check_scalar("damping", damping)
-    checks.check_scalar("structural", 0 if structural is None else structural)
+    if structural is not None:
+        checks.check_scalar("structural", structural)
 
     def add(g: Array, leaf: Array) -> Array:
         dtype = at_least_float32(leaf.dtype)

@@ -25,7 +25,7 @@ class Compiled(NamedTuple):
     Attributes:
       update: what `make_update` returns.
       shuffled_epoch: (state, train, key, batch_size) -> (state, Metrics of each update).
-      evaluate: (params, batch, h) -> (value, h_T, steps that count).
+      evaluate: (params, batch, h) -> (value, h_T, sum(weights * mask)).
     """
 
     update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]

@@ -39,7 +39,7 @@ class FixedPoints(NamedTuple):
       h: the states, (N, H).
       speed: |h - F(h, x)|^2 / 2 at each of them, (N,); 0 at a fixed point.
       jacobian: dF/dh at each of them, (N, H, H).
-      converged: bool (N,), |h - f(z)|^2 / 2 <= tolerance. The others are no fixed points.
+      converged: bool (N,), |h - f(z)|^2 / 2 <= tolerance. The others have not converged.
     """
 
     h: Array

@@ -22,7 +22,7 @@ NO_STEP = "expected at least one step that counts, got none"
 def value_state_count(
     loss_fn: LossFn, params: PyTree, batch: Batch, h: PyTree
 ) -> tuple[Array, PyTree, Array]:
-    """The mean loss of one batch, its last state, and the steps in the mean."""
+    """The mean loss of one batch, its last state, and sum(weights * mask), by which it divides."""
     result: Any = loss_fn(params, batch, h)
     match result:
         case (value, h_T) if checks.is_scalar(value):

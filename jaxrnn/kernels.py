@@ -19,8 +19,8 @@ default for such networks.
 
 The kernel is written in Pallas for its Triton backend, which needs an NVIDIA GPU of compute
 capability 8.0 or later; JAX 0.11 and later warn that they will drop it. The kernel is tested in
-Pallas's interpreter and lowered for CUDA. It has not been timed on a GPU yet, so it is off unless
-asked for; `experiments/kernel_check.py` checks and times it on one. `jax.export` writes it for one
+Pallas's interpreter and lowered for CUDA. It is not timed on a GPU, so the scan is the
+default; `experiments/kernel_check.py` checks and times it on one. `jax.export` writes it for one
 platform alone, with a check disabled:
 
     check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")

@@ -1,7 +1,7 @@
 """The output function g and the loss that matches it: three matched pairs.
 
-For a matched pair, dl/dy = g(y) - target, where y is the output before g. It holds only
-where g and the loss match, so a Loss holds g, the loss and its derivative together.
+A Loss holds g, the loss and its derivative together. For a matched pair of g and loss,
+dl/dy = g(y) - target, where y is the output before g.
 """
 
 from collections.abc import Callable

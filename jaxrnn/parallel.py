@@ -17,7 +17,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
     """The same gradient function, with the batch split over the first axis of the mesh.
 
     Each device runs its share of the sequences without communication. One reduction at the end
-    weighs the shares by the steps n_k that they counted, so that unequal masks are right:
+    weighs the shares by n_k, the sum of weights * mask in each, so that unequal masks are right:
 
         L = sum_k n_k L_k / sum_k n_k        dtheta = sum_k n_k dtheta_k / sum_k n_k
 

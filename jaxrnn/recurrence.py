@@ -130,7 +130,7 @@ def recur(
     Args:
       activation: f.
       W_h: (H, H).
-      zs_x: W_x x_t + b_h, (T, *batch, H), or W_x x_t if b_h is given.
+      zs_x: W_x x_t + drive_t + b_h, (T, *batch, H), without b_h if it is given.
       h_0: (*batch, H).
       leak: alpha, a scalar or (H,), or None.
       mask: (T, *batch) bool or None.
@@ -248,17 +248,23 @@ def derivatives(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def hoisted_recur(loop: Loop, activation: Activation, *arguments: Any) -> Array:
+def hoisted_recur(
+    loop: Loop,
+    activation: Activation,
+    W_h: Array,
+    zs_x: Array,
+    h_0: Array,
+    leak: Array | None,
+    mask: Array | None,
+    reset: Array | None,
+) -> Array:
     """The states of `recur`, with a rule that takes the weight gradient out of the loop."""
-    W_h, zs_x, h_0, leak, mask, reset = arguments
-    hs, _ = recur(activation, W_h, zs_x, h_0, leak, mask, reset, loop)
-    return hs
+    return recur(activation, W_h, zs_x, h_0, leak, mask, reset, loop)[0]
 
 
-def _instantiate(tangent: Any, primal: Array) -> Array:
+def _instantiate(tangent: Array | SymbolicZero, primal: Array) -> Array:
     """The tangent as an array, zeros if nothing depends on it."""
-    array: Array = full_as(primal, 0) if isinstance(tangent, SymbolicZero) else tangent
-    return array
+    return full_as(primal, 0) if isinstance(tangent, SymbolicZero) else tangent
 
 
 def _hoisted_recur_jvp(

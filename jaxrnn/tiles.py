@@ -4,7 +4,7 @@
     inputs (T, *batch, H)    -> (T, N, B, H), flags (T, *batch) -> (T, N, B)
     W_h (H, H)               -> (N, H, H)        b_h, alpha () or (H,) -> (N, 1, H)
 
-of N networks with B sequences each: N is 1 but under `vmap` over W_h, b_h or alpha. Any other
+of N networks with B sequences each: N is 1, except under `vmap` over W_h, b_h or alpha; any other
 `vmap` adds sequences. Zeros make H a power of 2 and B a multiple of 16, and long sequences are cut
 into pieces.
 """

@@ -50,7 +50,7 @@ class Fit(NamedTuple):
 
     Attributes:
       state: TrainState after the last update.
-      best: the parameters with the lowest `valid_loss`, the initial ones if all are NaN.
+      best: the parameters after the epoch of least `valid_loss`, the initial ones if all are NaN.
       history: an Evaluation for each epoch.
       converged: True if patience ended training; False if training ended for another reason.
     """

@@ -201,7 +201,7 @@ def _in_range(after: PyTree, before: PyTree) -> Array:
         for new, old in pairs
         if jnp.asarray(old).dtype == jnp.float16
     ]
-    return jnp.stack([jnp.bool_(True), *stay]).all()
+    return jnp.array(stay, bool).all()
 
 
 def _select(condition: Array, new: Array, old: Array) -> Array:

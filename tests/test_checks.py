@@ -116,7 +116,6 @@ WRONG = {
     "W_h_init of number": (init(W_h_init=0.9), TypeError, r"W_h_init: expected a function"),
     "pad of an array": (lambda: jaxrnn.pad(XS), TypeError, r"sequences: expected a list of B"),
     "pad of a Batch": (lambda: jaxrnn.pad(BATCH), TypeError, r"sequences: .* list .* got Batch"),
-    "evaluate of an array": (evaluate([BATCH, XS]), TypeError, r"batches\[1\]: expected Batch"),
     "xs of list in fit": (
         fit(train=Batch([[0.0]], LABELS)), TypeError, r"train.xs: expected an array, got list"
     ),
@@ -139,13 +138,11 @@ WRONG = {
     "integer parameters": (
         with_params(b_h=zeros(H, dtype=jnp.int32)), TypeError, r"params.b_h: .*got int32"
     ),
-    "parameters of list": (with_params(b_h=[0.0] * H), TypeError, r"params.b_h: .*array, got list"),
     "step, x of another I": (step(x=zeros(B, 9)), ValueError, r"x: expected.*3.*got \(4, 9\)"),
     "step, h of another H": (step(h=zeros(B, 9)), ValueError, r"h: expected.*\(4, 5\).*\(4, 9\)"),
     "step, h without batch": (step(h=zeros(H)), ValueError, r"h: expected shape \(4, 5\)"),
     "step, integer h": (step(h=zeros(B, H, dtype=jnp.int32)), TypeError, r"h: .*got int32"),
     "step, activation of name": (step(activation="tanh"), TypeError, r"activation: .*got 'tanh'"),
-    "activation of function": (unroll(activation=jnp.tanh), TypeError, r"activation: expected"),
     "xs of list": (unroll(xs=[1.0]), TypeError, r"xs: expected an array, got list"),
     "xs of another library": (unroll(xs=Tensor()), TypeError, r"xs: expected an array.*Tensor"),
     "xs of bool": (unroll(xs=XS > 0), TypeError, r"xs: .*floating-point.*got bool"),
@@ -200,10 +197,6 @@ WRONG = {
     "labels as floats": (
         bptt(targets=zeros(T, B)), ValueError, r"targets: expected shape \(7, 4, 2\) .*got \(7, 4\)"
     ),
-    "labels as floats, blocks": (
-        bptt(targets=zeros(T, B), checkpoint_every=3),
-        ValueError, r"targets: expected shape \(7, 4, 2\) .*got \(7, 4\)",
-    ),
     "loss of one shape": (
         sequence_loss(loss=jaxrnn.cross_entropy._replace(value=lambda y, target: y.sum())),
         ValueError, r"loss.value: expected shape \(7, 4\) .*got \(\)",
@@ -216,7 +209,7 @@ WRONG = {
         lambda: jaxrnn.windows(Batch(XS, LABELS[:3]), 2), ValueError, r"targets: .*got \(3, 4\)"
     ),
     "windows of bool": (lambda: list(jaxrnn.windows(BATCH, True)), TypeError, r"length: .* True"),
-    "evaluate, number": (evaluate([3]), TypeError, r"batches\[0\]: expected Batch.*got int"),
+    "evaluate, number": (evaluate([BATCH, 3]), TypeError, r"batches\[1\]: expected Batch.*got int"),
     "evaluate, another I": (evaluate(Batch(zeros(T, B, 9), LABELS)), ValueError, r"xs: .*4, 9\)"),
     "fit, NaN": (fit(train=Batch(NAN, LABELS)), ValueError, r"xs: expected finite.*nan at"),
     "fit, NaN in a batch": (fit(train=[Batch(NAN, LABELS)]), ValueError, r"xs: .*finite.*nan"),

@@ -45,7 +45,7 @@ def test_checkpointing_takes_a_tenth_of_the_memory_of_the_plain_scan(T):
     [pytest.param({}, marks=pytest.mark.thorough), {"mask": jnp.bool_, "reset": jnp.bool_}],
 )
 def test_memory_with_checkpointing_grows_like_the_root_of_T(options):
-    """Sixteen times T takes four times the memory, but for the weights that the options make."""
+    """Sixteen times T takes four times the memory, except for the weights that the options add."""
     short, long = (temporary(near_root(T), T, **options) for T in (1024, 16 * 1024))
     per_step = 16 * 4 * len(options)  # (T, B) float32 weights where a mask makes them unequal
     assert long - 16 * 1024 * per_step <= 4.5 * short

@@ -1,4 +1,4 @@
-"""What `fit` refuses before the first update, and how its errors name the argument."""
+"""The arguments of `fit`: what it refuses before the first update, and what it takes."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch, training
-from tests.recipe_cases import labelled_batch, network
+from tests.recipe_cases import labelled_batch
 
 
 @pytest.fixture
@@ -110,25 +110,6 @@ def test_a_loss_that_cannot_be_hashed_is_evaluated(params):
             return jaxrnn.sequence_loss(params, batch, h)
 
     assert jaxrnn.evaluate(params, GOOD, loss_fn=Loss()) == jaxrnn.evaluate(params, GOOD)
-
-
-@pytest.mark.parametrize("weight", [1e-37, 1e37])
-def test_the_scale_of_the_weights_does_not_matter(weight):
-    """In float32, errors weighted by the smallest numbers would be 0, by the largest infinite."""
-    params = jax.tree.map(jnp.float32, network(0, 2, 4))
-    batch = Batch(*jax.tree.map(jnp.asarray, labelled_batch(6, 4)[:2]))
-    weights = jnp.linspace(0.5, 1.0, 24).reshape(6, 4)
-
-    def at_scale(scale):
-        scaled = batch._replace(weights=weights * scale)
-        (value, _), grads = jaxrnn.bptt(params, scaled)
-        (_, _), forward = jaxrnn.rtrl(params, scaled)
-        return value, grads, forward, jaxrnn.gauss_newton_product(params, scaled, params)
-
-    for got, expected in zip(
-        jax.tree.leaves(at_scale(weight)), jax.tree.leaves(at_scale(1.0)), strict=True
-    ):
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
 
 
 class Stream:

@@ -124,7 +124,7 @@ def test_the_target_of_adding_is_the_sum_of_the_marked_numbers():
 
 @pytest.mark.parametrize("task", [temporal_order.TASK, adding.TASK], ids=lambda task: task.name)
 def test_nan_outputs_are_wrong(task):
-    target = jnp.ones(3, int) if task is temporal_order.TASK else jnp.ones((3, 1))
+    target = jnp.zeros(3, int) if task is temporal_order.TASK else jnp.ones((3, 1))
     assert task.wrong(jnp.full((3, task.output_size), jnp.nan), target).all()
 
 

@@ -1,12 +1,13 @@
-"""Derivatives by the weights, also where a block of steps has none and its output is left out."""
+"""The weights of steps: derivatives by them, also where a block of steps has none; their scale."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxrnn
 from jaxrnn import Batch, Loss
-from tests.recipe_cases import draw, network
+from tests.recipe_cases import draw, labelled_batch, network
 from tests.reference import relative_errors
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -64,3 +65,22 @@ def test_a_loss_that_learns():
         for f in (by_hand, by_autodiff)
     )
     assert max(relative_errors(got, expected)) <= 1e-12
+
+
+@pytest.mark.parametrize("weight", [1e-37, 1e37])
+def test_the_scale_of_the_weights_does_not_matter(weight):
+    """In float32, errors weighted by the smallest numbers would be 0, by the largest infinite."""
+    params = jax.tree.map(jnp.float32, network(0, 2, 4))
+    batch = Batch(*jax.tree.map(jnp.asarray, labelled_batch(6, 4)[:2]))
+    weights = jnp.linspace(0.5, 1.0, 24, dtype=jnp.float32).reshape(6, 4)
+
+    def at_scale(scale):
+        scaled = batch._replace(weights=weights * scale)
+        (value, _), grads = jaxrnn.bptt(params, scaled)
+        (_, _), forward = jaxrnn.rtrl(params, scaled)
+        return value, grads, forward, jaxrnn.gauss_newton_product(params, scaled, params)
+
+    for got, expected in zip(
+        jax.tree.leaves(at_scale(weight)), jax.tree.leaves(at_scale(1.0)), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)

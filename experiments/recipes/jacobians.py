@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxrnn
-from jaxrnn.jacobians import jacobian, jacobian_products, lyapunov_exponents
+from jaxrnn import jacobian, jacobian_products, lyapunov_exponents
 
 
 @jax.jit

@@ -13,7 +13,6 @@ import optax
 
 import jaxrnn
 from jaxrnn import Batch
-from jaxrnn.batches import step_weights
 
 
 def per_example(params, batch):
@@ -29,7 +28,9 @@ def private_gradient(params, batch, h=None, *, key=None, norm=1.0, noise=0.0):
     deviation noise * norm / N is added; without a key there is none.
     """
     values, grads = per_example(params, batch)
-    counts = step_weights(batch, values.dtype).sum(axis=0)
+    weights = jnp.ones(batch.targets.shape[:2]) if batch.weights is None else batch.weights
+    counted = weights if batch.mask is None else jnp.where(batch.mask, weights, 0)
+    counts = counted.astype(values.dtype).sum(axis=0)
     N = jnp.maximum((counts > 0).sum(), 1)
     scale = norm / jnp.maximum(jax.vmap(optax.tree.norm)(grads), norm)
     grads = jax.tree.map(lambda leaf: jnp.tensordot(scale, leaf, 1) / N, grads)
