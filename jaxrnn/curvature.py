@@ -113,21 +113,21 @@ def gauss_newton(
     _, saved = scan_blocks(forward, h_0, batch, K)
 
     def product(v: Params, structural: ArrayLike | None = None) -> Params:
-        _check_arguments(params, v, structural)
+        check_direction(v, params)
+        _check_structural(structural)
         return _product(network, batch, h_0, K, saved, v, structural)
 
     return product
 
 
-def _check_arguments(params: Params, v: Params, structural: ArrayLike | None) -> None:
-    check_direction(v, params)
-    if structural is not None:
-        checks.check_scalar("structural", structural)
+def _check_structural(structural: Any) -> None:
+    checks.check_scalar("structural", 0 if structural is None else structural)
 
 
 def _no_product(params: Params, v: Params, structural: ArrayLike | None = None) -> Params:
     """G v of no steps."""
-    _check_arguments(params, v, structural)
+    check_direction(v, params)
+    _check_structural(structural)
     zeros: Params = jax.tree.map(jnp.zeros_like, v)
     return zeros
 
@@ -201,8 +201,7 @@ def damped(
     """
     checks.check_function("product", product)
     checks.check_scalar("damping", damping)
-    if structural is not None:
-        checks.check_scalar("structural", structural)
+    _check_structural(structural)
 
     def add(g: Array, leaf: Array) -> Array:
         dtype = at_least_float32(leaf.dtype)

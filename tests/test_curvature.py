@@ -261,13 +261,16 @@ def test_checkpointing_bounds_the_memory_of_a_product():
 @pytest.mark.parametrize("wrong", [jnp.ones((1, 1)), "0.1", None], ids=str)
 def test_a_damping_that_is_not_a_number_is_named(wrong):
     params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
-    product = curvature.gauss_newton(params, Batch(jnp.ones((5, 3)), jnp.zeros(5, int)))
+    batch = Batch(jnp.ones((5, 3)), jnp.zeros(5, int))
+    product = curvature.gauss_newton(params, batch)
+    of_no_steps = curvature.gauss_newton(params, jax.tree.map(lambda leaf: leaf[:0], batch))
     with pytest.raises(TypeError, match="damping: expected a number"):
         curvature.damped(product, wrong)
     if wrong is not None:
         for call in (
             partial(curvature.damped, product, 0.1, wrong),
             partial(product, params, wrong),
+            partial(of_no_steps, params, wrong),
         ):
             with pytest.raises(TypeError, match="structural: expected a number"):
                 call()
