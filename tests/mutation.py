@@ -4,8 +4,8 @@
     python -m tests.mutation jaxrnn/update.py
 
 Each mutant changes one operator, number or condition of a copy of the repository and runs the
-module's tests. `[tool.mutation]` in pyproject.toml names the tests of each module, the operators
-that are left out, and each mutant that survives, with the reason. Without arguments, every module
+module's tests. mutation.toml names the tests of each module, the operators that are left out, and
+each mutant that survives, with the reason. Without arguments, every module
 is tested.
 
 Exit status: 0 all is as explained; 1 a survivor is not explained, or too few mutants are killed.
@@ -120,7 +120,7 @@ def matches(entry: dict, mutant: dict) -> bool:
 
 
 def main(modules: list[str]) -> int:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutation"]
+    settings = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
     passed = []
     for module in modules or settings["tests"]:
         with tempfile.TemporaryDirectory() as scratch:

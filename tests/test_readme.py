@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 from tests.conftest import FAST_COMPILATION
@@ -78,6 +79,12 @@ def test_every_test_that_contributing_names_exists():
     assert not missing, "\n".join(sorted(missing))
 
 
+def test_contributing_says_what_each_file_of_tests_proves():
+    patterns = re.findall(r"`tests/(test_[\w*]+\.py)`", CONTRIBUTING)
+    files = [path.name for path in ROOT.glob("tests/test_*.py")]
+    assert [name for name in files if not any(fnmatch(name, of) for of in patterns)] == []
+
+
 def test_every_claim_of_the_map_names_a_test():
     _, section = CONTRIBUTING.split("\n## Claims and tests\n")
     claims = section.split("\n## ")[0].split("\n- ")[1:]
@@ -97,7 +104,7 @@ def test_pre_commit_has_the_ruff_of_pyproject():
 
 
 def test_every_line_of_an_explained_mutant_exists():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutation"]
+    settings = tomllib.loads((ROOT / "tests" / "mutation.toml").read_text())
     for survivor in settings["survivors"]:
         source = (ROOT / survivor["module"]).read_text()
         assert survivor["line"] in map(str.strip, source.splitlines()), survivor["line"]
