@@ -38,7 +38,7 @@ from jaxrnn.blocks import (
     near_divisor,
     scan_blocks,
 )
-from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, learns
+from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, reads_traced_values
 from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.products import input_zs, readout
 from jaxrnn.recurrence import (
@@ -257,7 +257,7 @@ def bptt(
 
     # On a GPU, a condition waits for the device.
     can_skip = batch.weights is not None and K < T and jax.default_backend() == "cpu"
-    can_skip = can_skip and not learns(loss, params, batch)
+    can_skip = can_skip and not reads_traced_values(loss, params, batch)
     output = block_output_if_any if can_skip else block_output
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:

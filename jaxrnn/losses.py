@@ -53,7 +53,7 @@ def check_loss(loss: Any, shape: tuple[int, ...], dtype: DTypeLike, targets: Any
     checks.check_shape("loss.error", error, shape, "one derivative for each y")
 
 
-def learns(loss: Loss, params: Params, batch: Batch) -> bool:
+def reads_traced_values(loss: Loss, params: Params, batch: Batch) -> bool:
     """Whether a loss depends on values that are being traced, such as a scale that is learned."""
     shape = (*steps_shape(batch.xs), params.W_y.shape[0])
     ys = jax.ShapeDtypeStruct(shape, at_least_float32(params.W_y.dtype))

@@ -78,18 +78,23 @@ def check_values(
         if getattr(batch, name) is None:
             continue
         values: Any = checks.to_numpy(getattr(batch, name))
-        if checks.is_integer(values) and values.ndim == len(shape):
-            if network is not None:
-                tokens = name == "xs"
-                size = network.W_x.shape[1] if tokens else network.W_y.shape[0]
-                checks.check_range(name, values, mask, size, "I tokens" if tokens else "O labels")
-                if tokens and fits_as_numbers(network, batch, state):
-                    _warn_of_features(values[mask], values.shape)
-        else:
+        if not checks.is_integer(values) or values.ndim > len(shape):
             valid = per_step(mask, values)
             _check_numbers(name, values, valid, " where the mask is True", used_in.get(name))
+        elif network is not None:
+            _check_range(name, values, mask, network)
+    if network is not None and checks.is_integer(batch.xs):
+        _warn_of_features(network, batch, state, mask)
     if batch.weights is not None:
         _check_weights(checks.to_numpy(batch.weights), mask, wide)
+
+
+def _check_range(name: str, values: np.ndarray, mask: np.ndarray, network: Params) -> None:
+    """Tokens lie in [0, I), labels in [0, O)."""
+    size, meaning = network.W_y.shape[0], "O labels"
+    if name == "xs":
+        size, meaning = network.W_x.shape[1], "I tokens"
+    checks.check_range(name, values, mask, size, meaning)
 
 
 def _check_weights(weights: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> None:
@@ -130,8 +135,12 @@ def _check_functions(activation: Activation) -> None:
         )
 
 
-def _warn_of_features(tokens: np.ndarray, shape: tuple[int, ...]) -> None:
-    if tokens.max(initial=0) <= 1 < shape[-1] - 1:
+def _warn_of_features(network: Params, batch: Batch, h_0: Any, mask: np.ndarray) -> None:
+    """Warns if tokens that fit as numbers, too, are all 0 or 1, with at least 3 in the last axis."""
+    shape = batch.xs.shape
+    if not fits_as_numbers(network, batch, h_0) or shape[-1] <= 2:
+        return
+    if checks.to_numpy(batch.xs)[mask].max(initial=0) <= 1:
         warnings.warn(
             f"xs: integers of shape {shape} are tokens, yet all are 0 or 1. Convert features with "
             ".astype(jnp.float32)",
