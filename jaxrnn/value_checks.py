@@ -136,7 +136,7 @@ def _check_functions(activation: Activation) -> None:
 
 
 def _warn_of_features(network: Params, batch: Batch, h_0: Any, mask: np.ndarray) -> None:
-    """Warns if tokens that fit as numbers, too, are all 0 or 1, with at least 3 in the last axis."""
+    """Warns if tokens that also fit as numbers are all 0 or 1, with 3 or more in the last axis."""
     shape = batch.xs.shape
     if not fits_as_numbers(network, batch, h_0) or shape[-1] <= 2:
         return
