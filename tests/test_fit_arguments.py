@@ -54,6 +54,19 @@ def test_data_at_hand_are_refused_before_the_first_update(data, message, params)
         jaxrnn.fit(jax.random.key(0), params, **data, optimizer=never_traced)
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 0), (6, 1, 0)], ids=repr)
+def test_examples_are_needed_on_every_batch_axis(shape, params):
+    train = Batch(np.zeros((*shape, 2), np.float32), np.zeros(shape, int))
+    with pytest.raises(ValueError, match=r"^train: expected xs \(T, examples, \.\.\.\)"):
+        jaxrnn.fit(jax.random.key(0), params, train, optimizer=never_traced)
+
+
+def test_one_example_is_enough(params):
+    train = jax.tree.map(lambda leaf: leaf[:, :1], GOOD)
+    result = jaxrnn.fit(jax.random.key(0), params, train, optimizer=optax.sgd(0.1), max_epochs=2)
+    assert result.history[1].train_loss < result.history[0].train_loss
+
+
 def test_some_batches_may_have_no_step_that_counts(params):
     result = jaxrnn.fit(
         jax.random.key(0), params, [NO_STEP, GOOD], optimizer=optax.sgd(0.1), max_epochs=1
