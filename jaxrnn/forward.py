@@ -91,7 +91,8 @@ def hidden_states(
         ambiguous: h_0, a mask or a reset of the tokens' shape shows that they are tokens.
       h_0: (*batch, H); zeros if None.
       activation: f.
-      leak: alpha in (0, 1], a scalar or (H,), such as dt / tau; None is 1, and h_t = f(z_t).
+      leak: alpha in (0, 1], a scalar or (H,), such as dt / tau; None is 1, and h_t = f(z_t). In 16
+        bits 1 - alpha has few digits: a small alpha wants parameters in float32.
       drive: (T, *batch, H), added to z_t: noise, a perturbation, an embedding; None is 0.
       mask: (T, *batch) bool, True where step t exists; elsewhere the state is held, and xs and
         drive are not read. If None, every step exists.

@@ -7,6 +7,7 @@ Autodiff takes f', so any elementwise f will do.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -128,12 +129,13 @@ def lyapunov_exponents(
 ) -> Array:
     """The mean growth per step, in nats, of perturbations of the state along a trajectory.
 
-        Q_t R_t = J_t Q_{t-1}        Q_0 = identity        exponents = mean_t log |diag R_t|
+        Q_t R_t = J_t Q_{t-1}        exponents = mean_t log |diag R_t|
 
     The QR factorisation at each step keeps the directions apart (Benettin et al. 1980; for
-    recurrent networks Engelken, Wolf, Abbott 2023). A largest exponent below 0 means that nearby
-    trajectories with the same inputs meet; above 0 that they separate. A transient is left out by
-    starting from the h_T that it ends with.
+    recurrent networks Engelken, Wolf, Abbott 2023). Q_0 is a dense orthogonal matrix: from the
+    identity, a unit that is off could take the place of a direction that grows. A largest exponent
+    below 0 means that nearby trajectories with the same inputs meet; above 0 that they separate. A
+    transient is left out by starting from the h_T that it ends with.
 
     Args:
       params: Params.
@@ -144,7 +146,8 @@ def lyapunov_exponents(
       drive: (T, *batch, H), added to z_t; None is 0.
 
     Returns:
-      (*batch, H), largest first, in the parameters' dtype; -inf for a direction that is lost.
+      (*batch, H), largest first, in the parameters' dtype. For a direction that is lost, a step
+      adds -inf, or by rounding about the logarithm of the dtype's eps.
 
     Raises:
       TypeError, ValueError: a dtype or shape does not fit, or there is no step; the message names
@@ -174,9 +177,15 @@ def lyapunov_exponents(
         # JAX has no rule for the QR factorisation of arrays whose sharding is explicit.
         return split_automatically(factorised, (A, h_0))(A)
 
-    Q_0 = identities(h_0[..., None] * h_0[..., None, :])
+    Q_0 = identities(h_0[..., None] * h_0[..., None, :]) @ dense_basis(h_0)
     _, growth = lax.scan(body, Q_0, (input_zs(params, xs, drive), previous(hs, h_0, None, None)))
     return jnp.sort(growth.mean(axis=0), axis=-1)[..., ::-1]
+
+
+def dense_basis(h: Array) -> Array:
+    """An orthogonal matrix (H, H) whose leading columns are independent in any set of units."""
+    H = h.shape[-1]
+    return jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(H, H)))[0], h.dtype)
 
 
 def identities(like: Array) -> Array:

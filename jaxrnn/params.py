@@ -59,6 +59,7 @@ def check_params(params: Any) -> None:
 def check_leak(leak: Any, params: Params) -> None:
     """Raises TypeError or ValueError unless leak is None, or in (0, 1], a scalar or (H,).
 
+    Below the dtype's eps, 1 - alpha is rounded by more than alpha / 4, to 1 for the smallest alpha.
     The values of a traced array are not checked.
     """
     if leak is None:
@@ -71,9 +72,15 @@ def check_leak(leak: Any, params: Params) -> None:
     if not isinstance(leak, jax.core.Tracer):
         dtype = params.W_h.dtype
         values = np.atleast_1d(np.asarray(leak, np.float64))
-        wrong = values[~((values.astype(dtype) > 0) & (values <= 1))]
+        wrong = values[~((values > 0) & (values <= 1))]
         if wrong.size:
             raise ValueError(f"leak: expected values in (0, 1], got {wrong[0]} in {dtype}")
+        eps, smallest = float(jnp.finfo(dtype).eps), values.min()
+        if smallest < eps:
+            raise ValueError(
+                f"leak: expected values of at least {eps:.2g}, because 1 - alpha is rounded in "
+                f"{dtype}, got {smallest}"
+            )
 
 
 def as_leak(params: Params, leak: ArrayLike | None) -> Array | None:

@@ -110,6 +110,37 @@ def test_the_sum_of_the_exponents_is_the_growth_of_volume():
         np.testing.assert_allclose(exponents[b].sum() * 9, log_volume)
 
 
+def one_unit_is_off_at_first():
+    """At the first step no unit that is on reads unit 0: from the identity, its column is lost."""
+    W_h = jnp.array([[0.0, 0.5], [0.5, 0.45]])
+    params = jaxrnn.Params(
+        jnp.array([[0.0], [1.0]]), W_h, jnp.ones((1, 2)), jnp.ones(2), jnp.ones(1)
+    )
+    return params, jnp.zeros((300, 1)).at[0].set(-9.0)
+
+
+def sparse_network():
+    rng = np.random.default_rng(1)
+    W_h = rng.normal(size=(12, 12)) * (rng.random((12, 12)) < 0.3) / np.sqrt(3)
+    params = network(1, 2, 12)._replace(W_h=jnp.asarray(W_h), b_h=jnp.full(12, 0.3))
+    return params, jnp.asarray(draw(1, 300, 2))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", [one_unit_is_off_at_first, sparse_network])
+def test_the_largest_exponent_is_the_growth_of_the_product_of_the_jacobians(case):
+    params, xs = case()
+    _, hs = jaxrnn.hidden_states(params, xs, activation=jaxrnn.relu)
+    before = jnp.concatenate([0 * hs[:1], hs[:-1]])
+    product, growth = np.eye(hs.shape[-1]), 0.0
+    for J in np.asarray(jacobian(params, before, xs, activation=jaxrnn.relu)):
+        product = J @ product
+        norm = np.linalg.norm(product, 2)
+        product, growth = product / norm, growth + np.log(norm)
+    exponents = jax.jit(partial(lyapunov_exponents, activation=jaxrnn.relu))(params, xs)
+    np.testing.assert_allclose(exponents[0], growth / len(xs), atol=0.01)
+
+
 def test_a_direction_that_is_lost_has_the_exponent_minus_infinity():
     W_h = jnp.array([[0.5, 0.1, 0.0], [0.1, 0.5, 0.0], [0.1, 0.1, 0.5]])
     params = jaxrnn.init(jax.random.key(0), 2, 3, 1)

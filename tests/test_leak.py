@@ -240,8 +240,17 @@ def test_a_wrong_drive_is_an_error(drive, error, message):
         jaxrnn.step(params, jnp.zeros(5), jnp.ones(3), drive=jnp.ones(3))
 
 
-@pytest.mark.parametrize("leak", [1e-8, 1.0001])
-def test_a_leak_that_float16_rounds_to_0_or_from_above_1_is_an_error(leak):
+@pytest.mark.parametrize("leak", [1e-8, 9e-4, 1.0001])
+def test_a_leak_that_float16_does_not_hold_is_an_error(leak):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
-    with pytest.raises(ValueError, match=rf"^leak: expected .*, got {leak} in float16"):
+    with pytest.raises(ValueError, match=rf"^leak: expected .*, got {leak}"):
         jaxrnn.hidden_states(params, jnp.ones((4, 3)), leak=leak)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_the_smallest_leak_lets_the_state_decay(dtype):
+    params = jaxrnn.init(jax.random.key(0), 1, 4, 1, dtype=dtype)
+    params = jax.tree.map(jnp.zeros_like, params)
+    eps = float(jnp.finfo(dtype).eps)
+    h, _ = jaxrnn.hidden_states(params, jnp.zeros((8, 1)), jnp.ones(4), leak=eps)
+    np.testing.assert_allclose(1 - h.astype(jnp.float32), 8 * eps, rtol=0.3)
