@@ -50,7 +50,13 @@ from jaxrnn.recurrence import (
     reverse_scan,
     scan,
 )
-from jaxrnn.sharding import full_as, match_varying_axes, replicated
+from jaxrnn.sharding import (
+    explicit_sharding,
+    full_as,
+    match_varying_axes,
+    replicated,
+    scalar_as,
+)
 
 Output: TypeAlias = tuple[Array, Array, tuple[Array, Array]]
 """The weighted loss of a block, W_y^T dy_t of each step, and (dW_y, db_y)."""
@@ -255,8 +261,9 @@ def bptt(
     batch, _ = scaled_weights(batch, dtype)
     count = step_weights(batch, dtype).sum()
 
-    # On a GPU, a condition waits for the device.
+    # On a GPU, a condition waits for the device; under vmap, one over a mesh fails.
     can_skip = batch.weights is not None and K < T and jax.default_backend() == "cpu"
+    can_skip = can_skip and explicit_sharding(h_0) is None
     can_skip = can_skip and not reads_traced_values(loss, params, batch)
     output = block_output_if_any if can_skip else block_output
 
@@ -278,7 +285,8 @@ def bptt(
         # Divided here, not after the last block: XLA makes one kernel of division and addition.
         return (dh_next, jax.tree.map(jnp.add, means, divide_by_count(sums, count))), None
 
-    zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
+    zeros = scalar_as(h_0, jnp.zeros((), dtype)), zeros
     carry = match_varying_axes((full_as(h_0, 0), zeros), h_0)  # dz_{T+1} = 0
     h_T, saved = scan_blocks(forward, h_0, batch, K_forward)
     states = None

@@ -23,7 +23,7 @@ from jaxrnn.batches import check_input, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
-from jaxrnn.sharding import match_varying_axes, shard_rows
+from jaxrnn.sharding import match_varying_axes, scalar_as, shard_rows
 
 STEP_SIZES = 0.5 ** np.arange(10)
 """Multiples of a step that are tried, the largest first."""
@@ -76,7 +76,7 @@ def fixed_points(
     are missing.
 
     A leak moves no fixed point: search and tolerance are those without one, speeds and Jacobians
-    with it. The search has no reverse-mode derivative.
+    with it. Derivatives are those of the fixed point, dh = A^{-1} df with df at a fixed h.
 
     Starts that are split by explicit sharding are searched on their own devices. Those split by
     automatic sharding need `jax.shard_map`: under plain `jit` all devices wait for one another
@@ -92,10 +92,9 @@ def fixed_points(
       tolerance: the highest q that counts as converged; float32 rounds q to about 5e-15 H.
 
     Returns:
-      FixedPoints, in the order of the starts and in the parameters' dtype. Many are duplicates,
-      which `distinct` removes, together with points that have not converged. If no point
-      is left, look at q, the speed without a leak: slightly above the tolerance, more steps or
-      float64 help; far above it, other starts.
+      FixedPoints, in the order of the starts and in the parameters' dtype. `distinct` removes
+      duplicates and points that have not converged. If none is left, look at q, the speed without a
+      leak: slightly above the tolerance, more steps or float64 help; far above it, other starts.
 
     Raises:
       TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
@@ -140,15 +139,9 @@ def _speed(r: Array) -> Array:
 
 
 def _search(
-    activation: Activation,
-    W_h: Array,
-    h: Array,
-    z_x: Array,
-    *,
-    steps: int,
-    tolerance: float,
+    activation: Activation, W_h: Array, h: Array, z_x: Array, *, steps: int, tolerance: float
 ) -> Array:
-    """The state (H,) at which the search from h (H,) ends."""
+    """The state (H,) at which the search from h (H,) ends, with the derivative of a root of r."""
     residual = partial(_residual, activation, W_h, z_x)
     sizes = jnp.asarray(STEP_SIZES, h.dtype)[:, None]
 
@@ -171,9 +164,16 @@ def _search(
         h = jnp.where(falls.any(), h + candidates[jnp.argmax(falls)], h)
         return n + 1, h, q, falls.any()
 
-    start = jnp.int32(0), h, jnp.asarray(jnp.inf, h.dtype), jnp.bool_(True)
-    start = match_varying_axes(start, residual(h))
-    return lax.while_loop(unfinished, body, start)[1]
+    def search(_: Any, h: Array) -> Array:
+        n, q, fell = jnp.int32(0), jnp.asarray(jnp.inf, h.dtype), jnp.bool_(True)
+        n, q, fell = (scalar_as(h, scalar) for scalar in (n, q, fell))
+        return lax.while_loop(unfinished, body, match_varying_axes((n, h, q, fell), residual(h)))[1]
+
+    def solve(A_times: Any, y: Array) -> Any:
+        return jnp.linalg.solve(jax.jacobian(A_times)(y), y)
+
+    end: Array = lax.custom_root(residual, h, search, solve)
+    return end
 
 
 def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:

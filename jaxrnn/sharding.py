@@ -60,6 +60,13 @@ def full_as(like: Array, value: float, dtype: DTypeLike | None = None) -> Array:
     return jnp.where(False, lax.stop_gradient(like).astype(dtype), jnp.asarray(value, dtype))
 
 
+def scalar_as(like: Array, value: Array) -> Array:
+    """The scalar, on the mesh of `like` if mesh axes are explicit: `vmap` may split a carry."""
+    if explicit_sharding(like) is None:
+        return value
+    return jnp.where(False, lax.stop_gradient(like).sum().astype(value.dtype), value)
+
+
 def match_varying_axes(tree: Tree, like: Any) -> Tree:
     """The same values, inside `shard_map` marked as varying over the mesh axes of all of `like`.
 

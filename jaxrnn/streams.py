@@ -29,7 +29,7 @@ from jaxrnn.recurrence import (
     leaky,
     unless_reset,
 )
-from jaxrnn.sharding import full_as, match_varying_axes
+from jaxrnn.sharding import full_as, match_varying_axes, scalar_as
 
 __all__ = ["Influence", "Stream", "diagonal", "full", "rank_one", "start_stream", "stream_gradient"]
 
@@ -174,7 +174,8 @@ def stream_gradient(
         step_sums = step_gradient(params, now, stream, influence, loss)
         return (stream, jax.tree.map(jnp.add, sums, step_sums)), None
 
-    zeros = jnp.zeros((), dtype), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
+    zeros = scalar_as(stream.h, jnp.zeros((), dtype)), zeros
     key_data = None if keys is None else jax.random.key_data(keys)
     carry = match_varying_axes((stream, zeros), (params, batch, stream, leak, key_data))
     (stream, sums), _ = lax.scan(body, carry, (batch, keys))

@@ -206,6 +206,28 @@ def test_unpad_takes_arrays_split_by_explicit_sharding():
         assert jnp.array_equal(np.asarray(leaf), ys[: 1 + n % 3, n])
 
 
+VMAPPED = {
+    "bptt": lambda p, b: jaxrnn.bptt(p, b, checkpoint_every=2),
+    "rtrl": jaxrnn.rtrl,
+    "fixed_points": lambda p, b: jaxrnn.fixed_points(p, b.xs[0] @ jnp.ones((3, 5)), jnp.ones(3)).h,
+}
+
+
+@pytest.mark.parametrize("name", default_and_thorough(["bptt", "fixed_points"], VMAPPED))
+def test_vmap_over_an_axis_split_by_explicit_sharding(name):
+    """Blocks of time, some of which have no weights, and loops that begin with a number."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Explicit,))
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    xs = jax.random.normal(jax.random.key(1), (2, 7, 4, 3))
+    batch = Batch(xs, jnp.zeros((2, 7, 4), int), weights=jnp.zeros((2, 7, 4)).at[:, -1].set(1.0))
+    fn = jax.jit(jax.vmap(VMAPPED[name], in_axes=(None, 0)))
+    expected = fn(params, batch)
+    with jax.set_mesh(mesh):
+        for spec in (P("batch"), P(None, None, "batch")):
+            split = jax.device_put(batch, NamedSharding(mesh, spec))
+            assert max(relative_errors(fn(params, split), expected)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     "function",
     [
