@@ -1,5 +1,6 @@
 """One epoch of training: over the shuffled examples of a Batch, or over batches in order."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxrnn import checks
 from jaxrnn.batches import Batch, step_weights, steps_shape
 from jaxrnn.evaluation import NO_STEP, value_state_count
-from jaxrnn.gradients import GradientFn, PyTree, call_gradient, value_dtype
+from jaxrnn.gradients import GradientFn, PyTree, SameObject, call_gradient, value_dtype
 from jaxrnn.sharding import explicit_sharding, parts
 from jaxrnn.update import Diverged, Metrics, Optimizer, TrainState, make_update
 
@@ -35,15 +36,12 @@ class Compiled(NamedTuple):
 
 def compile_functions(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
     """The compiled functions, cached, so that a second run with the same arguments reuses them."""
-    try:
-        hash((gradient_fn, optimizer))
-    except TypeError:
-        return _cached.__wrapped__(gradient_fn, optimizer)
-    return _cached(gradient_fn, optimizer)
+    return _compiled(SameObject(gradient_fn, optimizer))
 
 
 @lru_cache(maxsize=8)
-def _cached(gradient_fn: GradientFn, optimizer: Optimizer) -> Compiled:
+def _compiled(key: SameObject) -> Compiled:
+    gradient_fn, optimizer = key.functions
     update = make_update(gradient_fn, optimizer)
 
     def loss_fn(params: PyTree, batch: Batch, h: PyTree) -> Any:
@@ -106,16 +104,17 @@ def streamed_epoch(
             break
     if not metrics:
         raise ValueError("train: expected at least one batch in each epoch, got none")
-    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves), *metrics)
+    # By NumPy: XLA would compile a program for each number of batches.
+    return state, jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(metrics))
 
 
-@jax.jit
-def mean_loss_of_updates(metrics: Metrics) -> Array:
+def mean_loss_of_updates(metrics: Metrics) -> float:
     """The mean loss over the updates that were applied; NaN if none was, or no step counted."""
-    applied = metrics.skipped == 0
-    counted = jnp.where(applied, metrics.counted, 0).sum()
-    total = jnp.where(applied, metrics.loss * metrics.counted, 0).sum()
-    return total / counted
+    loss, counted, skipped = map(np.asarray, (metrics.loss, metrics.counted, metrics.skipped))
+    counted = np.where(skipped == 0, counted, 0)
+    if not counted.any():
+        return math.nan
+    return float(np.where(counted > 0, loss, 0) @ counted / counted.sum())
 
 
 def epoch_runner(

@@ -1,7 +1,7 @@
 """The mean loss over held-out data."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -11,7 +11,7 @@ from jax import Array
 from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, step_weights
 from jaxrnn.forward import sequence_loss
-from jaxrnn.gradients import PyTree, value_dtype
+from jaxrnn.gradients import PyTree, SameObject, value_dtype
 
 LossFn: TypeAlias = Callable[..., tuple[Array, Any]]
 """(params, batch, h) -> (value, h_T)."""
@@ -31,16 +31,10 @@ def value_state_count(
     raise TypeError(f"loss_fn: expected (value, h_T) of shapes ((), h_T), got {shapes}")
 
 
-_value_state_count = jax.jit(value_state_count, static_argnums=0)
-
-
-def _compiled(loss_fn: LossFn) -> Callable[[PyTree, Batch, PyTree], tuple[Array, PyTree, Array]]:
-    """`value_state_count` of loss_fn, compiled once per function object if that can be hashed."""
-    try:
-        hash(loss_fn)
-    except TypeError:
-        return jax.jit(partial(value_state_count, loss_fn))
-    return partial(_value_state_count, loss_fn)
+@lru_cache(maxsize=32)
+def _compiled(key: SameObject) -> Callable[[PyTree, Batch, PyTree], tuple[Array, PyTree, Array]]:
+    """`value_state_count` of a loss function."""
+    return jax.jit(partial(value_state_count, *key.functions))
 
 
 def check_batches(name: str, data: Any) -> None:
@@ -87,7 +81,8 @@ def evaluate(
       h_0: the state before the first batch, carried from batch to batch; None starts each batch
         from zeros.
       loss_fn: (params, batch, h) -> (value, h_T). It is compiled once per function object: create a
-        partial or a lambda outside the loop that evaluates.
+        partial or a lambda outside the loop that evaluates, and store a bound method, which is
+        another object each time it is read.
 
     Returns:
       The mean, a float.
@@ -104,4 +99,4 @@ def evaluate(
     """
     check_batches("batches", batches)
     checks.check_function("loss_fn", loss_fn)
-    return mean_over_batches("batches", _compiled(loss_fn), params, batches, h_0)
+    return mean_over_batches("batches", _compiled(SameObject(loss_fn)), params, batches, h_0)

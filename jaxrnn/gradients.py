@@ -41,7 +41,7 @@ def call_gradient(
     Raises TypeError unless that is a scalar value, an h_T like h where h is carried, and a gradient
     like params.
     """
-    if keywords and not _takes_key(gradient_fn):
+    if keywords and not takes(gradient_fn, "key"):
         raise TypeError(
             f"gradient_fn: expected one that takes a key, since one was given, got {gradient_fn!r}"
         )
@@ -56,12 +56,31 @@ def call_gradient(
     )
 
 
-def _takes_key(function: Callable[..., Any]) -> bool:
+def takes(function: Callable[..., Any], keyword: str) -> bool:
+    """Whether a function takes an argument of this name, as far as its signature tells."""
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # of a builtin
         return True
-    return "key" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+class SameObject:
+    """Functions as a key of a cache: the same objects alone, while it holds them, are the same key.
+
+    Equal functions need not be the same: bound methods of an object are, and the object may change.
+    """
+
+    def __init__(self, *functions: Any):
+        self.functions = functions
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SameObject):
+            return NotImplemented
+        return [*map(id, self.functions)] == [*map(id, other.functions)]
+
+    def __hash__(self) -> int:
+        return hash((*map(id, self.functions),))
 
 
 def alike(tree: PyTree, like: PyTree, kind: Callable[[Any], Any] = jnp.shape) -> bool:

@@ -160,7 +160,7 @@ def fit(
                 raise ValueError(f"train: {NO_STEP}")
             norms = [*norms[-2 * max_skipped :], *metrics.gradient_norm.tolist()]
             raise_if_diverged(metrics, state.step.item(), norms, max_skipped)
-            train_loss = valid_loss = mean_loss_of_updates(metrics).item()
+            train_loss = valid_loss = mean_loss_of_updates(metrics)
             if held_out is not None:
                 valid_loss = mean_over_batches(
                     evaluated, compiled.evaluate, state.params, held_out, h_0

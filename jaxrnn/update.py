@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.extend.core import get_opaque_trace_state
 
 from jaxrnn import checks
 from jaxrnn.batches import Batch, check_is_batch, step_weights
-from jaxrnn.gradients import GradientFn, PyTree, alike, call_gradient, value_dtype, value_fn
+from jaxrnn.gradients import GradientFn, PyTree, alike, call_gradient, takes, value_dtype, value_fn
 from jaxrnn.sharding import split_as
 
 Optimizer: TypeAlias = optax.GradientTransformation | Callable[[PyTree, PyTree], PyTree]
@@ -149,6 +150,7 @@ def init_state(
     return copy
 
 
+_EAGER = get_opaque_trace_state()  # outside of any transformation
 _IN_OPTIMIZER = "The error is in the optimizer."
 _CALL_FIRST = ". Call the optax function first: optax.adam(1e-3)"
 
@@ -178,6 +180,7 @@ def _apply(
         optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     if _is_optax(optimizer):
         optimizer = optax.with_extra_args_support(optimizer)
+        extra = {name: x for name, x in extra.items() if takes(optimizer.update, name)}
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state
     new = optimizer(params, grads)
@@ -236,7 +239,7 @@ def make_update(
 
     Returns:
       update: (state, batch) -> (state, Metrics). It donates the state, so use the one it returns.
-      Inside `jit`, `vmap` or `scan` nothing is donated.
+      Inside `jit`, `vmap`, `grad` or `scan` nothing is donated.
 
     Raises:
       TypeError: gradient_fn is not a function, or optimizer neither an optax optimiser nor a
@@ -286,9 +289,9 @@ def make_update(
         if not isinstance(state, TrainState):
             raise TypeError(f"state: expected a TrainState, got {type(state).__name__}")
         check_is_batch(batch)
-        # Under an outer vmap, XLA cannot reuse a donated state that is not mapped.
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, batch)))
-        after: tuple[TrainState, Metrics] = (jitted if traced else donating)(state, batch)
+        # A transformation may use the state again, or map something else.
+        eager = get_opaque_trace_state() == _EAGER
+        after: tuple[TrainState, Metrics] = (donating if eager else jitted)(state, batch)
         return after
 
     return donate_unless_traced

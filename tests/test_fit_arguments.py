@@ -106,6 +106,63 @@ def test_a_state_may_hold_a_key(params):
     assert not jnp.array_equal(*(jax.random.key_data(h["key"]) for h in (h_0, result.state.h)))
 
 
+class Trainer:
+    """An object whose setting changes between two trainings."""
+
+    penalty = 0.0
+
+    def loss(self, params, batch, h=None):
+        value, h_T = jaxrnn.sequence_loss(params, batch, h)
+        return value + self.penalty * (params.W_h**2).sum(), h_T
+
+    def gradient(self, params, batch, h=None):
+        return jax.value_and_grad(self.loss, has_aux=True)(params, batch, h)
+
+    def rule(self, params, grads):
+        return jaxrnn.sgd(params, grads, self.penalty)
+
+
+def test_a_bound_method_is_compiled_with_what_its_object_holds_now(params):
+    """Two bound methods of one object are equal."""
+    trainer, found = Trainer(), []
+    for trainer.penalty in (0.0, 0.5):
+        result = jaxrnn.fit(
+            jax.random.key(0), params, GOOD,
+            optimizer=trainer.rule, gradient_fn=trainer.gradient, max_epochs=1,
+        )  # fmt: skip
+        expected = trainer.loss(params, GOOD)[0].item()
+        np.testing.assert_allclose(result.history[0].train_loss, expected, rtol=1e-6)
+        np.testing.assert_allclose(
+            jaxrnn.evaluate(params, GOOD, loss_fn=trainer.loss), expected, rtol=1e-6
+        )
+        found.append(jnp.array_equal(result.state.params.W_h, params.W_h))
+    assert found == [True, False]  # the rate of the rule was 0, then 0.5
+
+
+def test_the_number_of_batches_of_an_epoch_compiles_nothing(params):
+    """It may differ from epoch to epoch, as with batches of so many tokens."""
+    numbers = iter([2, 3, 4])
+
+    class Changing:
+        def __iter__(self):
+            return iter([GOOD] * next(numbers))
+
+    compiled, at_epoch = [], []
+
+    def listener(name, *_, **__):
+        compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        jaxrnn.fit(
+            jax.random.key(0), params, Changing(), optimizer=optax.sgd(0.1), max_epochs=3,
+            callback=lambda _: at_epoch.append(len(compiled)),
+        )  # fmt: skip
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert 0 < at_epoch[0] == at_epoch[2], compiled[at_epoch[0] :]
+
+
 def test_updates_that_continue_do_not_delete_the_best_parameters(params):
     sgd = optax.sgd(0.1)
     result = jaxrnn.fit(jax.random.key(0), params, GOOD, optimizer=sgd, max_epochs=2)

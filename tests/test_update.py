@@ -131,6 +131,19 @@ def test_a_state_that_vmap_does_not_map_is_not_donated(params, batch):
     np.testing.assert_allclose(metrics.loss[1], alone_metrics.loss, rtol=1e-5)
 
 
+@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, jax.vmap], ids=lambda f: f.__name__)
+def test_a_state_beside_a_traced_rate_is_not_donated(transform, params, batch):
+    state = jaxrnn.init_state(params, jaxrnn.sgd)
+
+    def loss_after(rate):
+        update = jaxrnn.make_update(jaxrnn.bptt, partial(jaxrnn.sgd, learning_rate=rate))
+        return jaxrnn.sequence_loss(update(state, batch)[0].params, batch)[0]
+
+    rate = jnp.array([0.1, 0.2]) if transform is jax.vmap else 0.1
+    first, second = (transform(loss_after)(rate) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_carried_state_continues_the_stream_and_cuts_the_gradient(batch):
     params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)

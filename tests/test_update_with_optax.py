@@ -165,6 +165,21 @@ def test_a_rule_that_returns_something_else_is_named(rule, advice):
     assert ("Call the optax function first" in str(error.value)) == advice
 
 
+def test_an_optimiser_gets_only_what_its_update_takes():
+    """SAM takes no value; the second of its updates is that of its inner optimisers by hand."""
+    batch = labelled_batch()
+    params = jaxrnn.init(jax.random.key(0), 2, 4, 2)
+    sam = optax.contrib.sam(optax.sgd(1e-2), optax.sgd(5e-2), sync_period=2)
+    update, state = jaxrnn.make_update(jaxrnn.bptt, sam), jaxrnn.init_state(params, sam)
+    by_hand, opt_state = params, sam.init(params)
+    for _ in range(4):
+        state, _ = update(state, batch)
+        updates, opt_state = sam.update(jaxrnn.bptt(by_hand, batch)[1], opt_state, by_hand)
+        by_hand = optax.apply_updates(by_hand, updates)
+    assert max(relative_errors(state.params, by_hand)) <= 1e-5
+    assert not jnp.array_equal(state.params.W_h, params.W_h)
+
+
 def test_a_rule_may_return_any_pytree_class():
     """Also one whose instances compare by identity."""
 
