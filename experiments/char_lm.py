@@ -100,6 +100,8 @@ class Config:
             raise InputError("--overwrite: expected without --resume, got both")
         if self.sample is None and self.prompt:
             raise InputError("--prompt: expected together with --sample, got it alone")
+        if self.sample is not None and (self.resume or self.overwrite):
+            raise InputError("--sample: expected without --resume and --overwrite, got one of them")
 
     def check_devices(self, processes: int) -> None:
         if self.batch_size % (self.devices * processes):

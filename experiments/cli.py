@@ -90,10 +90,14 @@ def expect_share(config, *names: str) -> None:
 
 
 def expect_values(config, *names: str) -> None:
-    """Tuples with at least one value."""
+    """Tuples with at least one value, each once."""
     for name in names:
-        if not getattr(config, name):
+        values = getattr(config, name)
+        if not values:
             raise InputError(f"{flag(name)}: expected at least one value, got none")
+        if len(set(values)) < len(values):
+            got = " ".join(map(str, values))
+            raise InputError(f"{flag(name)}: expected different values, got {got}")
 
 
 def expect_multiple(config, name: str, of: str) -> None:

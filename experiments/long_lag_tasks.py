@@ -79,7 +79,8 @@ class Config:
 
     def __post_init__(self):
         cli.expect_values(self, "lengths", "methods")
-        counts = ("lengths", "updates", "hidden_size", "check_every", "test_size", "batch_size")
+        cli.expect_at_least(2, self, "lengths")
+        counts = ("updates", "hidden_size", "check_every", "test_size", "batch_size")
         cli.expect_at_least(1, self, *counts, "seeds")
         cli.expect_positive(self, "learning_rate", "identity_learning_rate", "clip")
         cli.expect_at_least(0, self, "regularizer")

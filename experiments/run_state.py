@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from experiments.cli import InputError, Stopped, flag
+from experiments.locks import open_alone
 from jaxrnn import TrainState, checkpoints
 from jaxrnn.checkpoints import CheckpointError
 from jaxrnn.serialization import from_arrays, to_arrays
@@ -118,8 +119,8 @@ class Run:
       seconds_of_steps: the same without the time spent in `pause_step_clock`.
 
     Raises:
-      InputError: the folder holds a run and neither `resume` nor `overwrite` is given, or the run
-        to resume has other settings.
+      InputError: the folder holds a run and neither `resume` nor `overwrite` is given, the run to
+        resume has other settings, or, on entering the block, another process writes to the folder.
       CheckpointError: every checkpoint is damaged, or metrics.jsonl has changed.
     """
 
@@ -138,6 +139,7 @@ class Run:
         self._signal: signal.Signals | None = None
         self._handlers: dict = {}
         self._metrics_path = folder / "metrics.jsonl"
+        self._saved_steps = checkpoints.saved_steps(folder)
         self._found = checkpoints.newest(folder) if resume else None
         if self._found is not None:
             self._check_versions(self._check_settings(self._found))
@@ -199,12 +201,15 @@ class Run:
         return self
 
     def _open(self) -> None:
+        self._metrics = open_alone(self._metrics_path)
+        if checkpoints.saved_steps(self.folder) != self._saved_steps:
+            self._metrics.close()
+            raise InputError(f"{self.folder}: expected the run as it was, got a later one")
         if self._found is not None:
             os.truncate(self._metrics_path, self._found.note["metrics_bytes"])
         else:
             discard_run(self.folder)
         self._sha256 = hashlib.sha256(self._metrics_path.read_bytes())
-        self._metrics = self._metrics_path.open("ab")
 
     def __exit__(self, error_type, *_):
         self._read_clock()
@@ -276,11 +281,8 @@ class Run:
     def _stop_if(self, number: signal.Signals | None) -> None:
         if number:
             saved = checkpoints.saved_steps(self.folder)[-1]
-            raise Stopped(
-                number,
-                f"stopped after step {self.step}, saved at step {saved} in {self.folder}; "
-                "--resume continues",
-            )
+            where = f"saved at step {saved} in {self.folder}; --resume continues"
+            raise Stopped(number, f"stopped after step {self.step}, {where}")
 
     def _save(self, state: TrainState) -> None:
         self._read_clock()

@@ -59,9 +59,9 @@ BACKWARD = {
         "hold(valid, unless_reset(reset_t, dh_before), dh_next)",
     ),
     "state of a step of the second block": ("at_step(last, states[0]), (", "states[0][-1], ("),
-    "h_t before a block": ("stored_at(start - 1, *own_shared)", "stored_at(start, *own_shared)"),
-    "states before shared steps": ("steps_from(stored_at(start, *own_shared)", "steps_from(start"),
-    "state before shared steps": ("stored_at(start - 1, *own_shared)", "(start - 1)"),
+    "h_t before a block": ("stored_at(start - 1, own, shared)", "stored_at(start, own, shared)"),
+    "states before shared steps": ("steps_from(stored_at(start, own, shared)", "steps_from(start"),
+    "state before shared steps": ("stored_at(start - 1, own, shared)", "(start - 1)"),
     "state after shared steps": ("jnp.where(t < own, t,", "jnp.where(t < own - 1, t,"),
     "every block from the first state": (
         "h, states = saved\n", "h, states = saved\n        h = h_0\n"

@@ -134,6 +134,7 @@ def test_the_shortest_text_is_enough_and_a_shorter_one_is_refused(batch_size, wi
         (b"a" * 99, ["--devices", "64", "--batch-size", "64"], "--devices: expected at most"),
         (b"a" * 99, ["--resume", "--overwrite"], "--overwrite: expected without --resume"),
         (b"a" * 99, ["--prompt", "a"], "--prompt: expected together with --sample"),
+        (b"a" * 99, ["--sample", "9", "--resume"], "--sample: expected without --resume"),
         (b"a" * 99, ["--text", "{path}/.."], "{path}/..: expected a readable text file, got: Not"),
         (b"a" * 99, ["--text", "/"], "/: expected a readable text file, got: Is a directory"),
         (b"a" * 99, ["--out", "{path}/run"], "{path}/run: expected a folder to write to: Not a"),

@@ -72,7 +72,7 @@ def test_tyro_reports_what_it_cannot_parse(flags, message, capsys):
     [
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--seed", "-1"], "--seed: expected at least 0 and below 4294967295, got -1"),
-        (["--lengths", "5", "0"], "--lengths: expected at least 1, got 0"),
+        (["--lengths", "5", "5"], "--lengths: expected different values, got 5 5"),
         (["--lengths"], "--lengths: expected at least one value, got none"),
         (["--check-every", "5"], "--updates: expected a multiple of 5, got 4"),
         (["--check-every", "0"], "--check-every: expected at least 1, got 0"),
@@ -87,6 +87,14 @@ def test_a_value_out_of_range_is_one_line_before_anything_else(
     assert module.run(["--smoke", "--out", str(out), *flags]) == 2
     assert capsys.readouterr().err == message + "\n"
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("module", "least"), [(temporal_order, 2), (copy_memory, 1)])
+def test_a_length_at_which_a_task_does_not_exist_is_one_line(module, least, tmp_path, capsys):
+    flags = ["--smoke", "--out", str(tmp_path / "out"), "--lengths", "5", str(least - 1)]
+    assert module.run(flags) == 2
+    message = f"--lengths: expected at least {least}, got {least - 1}\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(
