@@ -185,8 +185,9 @@ def check_batch(params: Params | None, batch: Any, h_0: Any) -> None:
     check_sequence(params, xs, h_0, drive, mask, reset, targets, weights)
     shape, O = steps_shape(xs), "O" if params is None else params.W_y.shape[0]
     checks.check_array("targets", targets)
-    if not jnp.issubdtype(targets.dtype, jnp.number) and targets.dtype != jnp.bool_:
-        raise TypeError(f"targets: expected numbers, got {targets.dtype}")
+    real = checks.is_integer(targets) or checks.is_float(targets.dtype)
+    if not real and targets.dtype != jnp.bool_:
+        raise TypeError(f"targets: expected real numbers, got {targets.dtype}")
     if targets.shape[: len(shape)] != shape:
         raise ValueError(
             f"targets: expected shape {shape} or {(*shape, O)}, one target for each step of xs, "

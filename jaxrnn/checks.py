@@ -4,6 +4,7 @@ Each message names the argument, what was expected and what came. The check of a
 the type; what only values can show is checked on the host by `check_values`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -101,6 +102,13 @@ def check_number(name: str, number: Any) -> None:
     """Raises TypeError unless number is one, of Python or NumPy."""
     if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{name}: expected a number, got {number!r}")
+
+
+def check_positive(name: str, number: Any) -> None:
+    """Raises TypeError or ValueError unless number is finite and above 0."""
+    check_number(name, number)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected above 0 and finite, got {number}")
 
 
 def check_size(name: str, size: Any, minimum: int = 1) -> None:

@@ -97,6 +97,8 @@ def streamed_epoch(
     state = jax.tree.map(jnp.copy, state._replace(h=h_0))  # an update donates its state
     metrics = []
     for batch in train:
+        # JAX may read NumPy's memory later, when the iterable has filled it again.
+        batch = jax.tree.map(lambda x: np.array(x) if isinstance(x, np.ndarray) else x, batch)
         state, reported = update(state, batch)
         metrics.append(reported)
         # Polled once in max_skipped updates, so that the host does not wait for each one.

@@ -70,17 +70,16 @@ def fixed_points(
     `steps`. `converged` marks those whose q is at most the tolerance.
 
     Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
-    trajectories, and means of them, with noise added. No set of starts is sure to find all fixed
-    points. But a step of a tanh network maps the cube [-1, 1]^H into itself, so the signs of
-    det(I - dF/dh) at all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some
-    are missing.
+    trajectories, and means of them, with noise added. No starts are sure to find all of them. But a
+    step of a tanh network maps the cube [-1, 1]^H into itself, so the signs of det(I - dF/dh) at
+    all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some are missing.
 
     A leak moves no fixed point: search and tolerance are those without one, speeds and Jacobians
-    with it. Derivatives are those of the fixed point, dh = A^{-1} df with df at a fixed h.
+    with it. Derivatives are those of the root, dh = A^{-1} df at a fixed h; elsewhere they are 0.
 
-    Starts that are split by explicit sharding are searched on their own devices. Those split by
-    automatic sharding need `jax.shard_map`: under plain `jit` all devices wait for one another
-    after each step, in which XLA on a CPU can deadlock.
+    Starts split by explicit sharding are searched on their own devices. Those split by automatic
+    sharding need `jax.shard_map`: under plain `jit` devices wait for one another after each step,
+    in which XLA on a CPU can deadlock.
 
     Args:
       params: Params in float32 or float64.
@@ -111,7 +110,7 @@ def fixed_points(
     check_leak(leak, params)
     _check_starts(params, h, x)
     checks.check_size("steps", steps)
-    _check_tolerance(tolerance)
+    checks.check_positive("tolerance", tolerance)
     tolerance = float(tolerance)  # a number of NumPy is not cast to the dtype of the speed
     h = h.astype(params.W_h.dtype)
     z_x = jnp.broadcast_to(input_zs(params, x), h.shape)
@@ -169,11 +168,15 @@ def _search(
         n, q, fell = (scalar_as(h, scalar) for scalar in (n, q, fell))
         return lax.while_loop(unfinished, body, match_varying_axes((n, h, q, fell), residual(h)))[1]
 
+    def has_root(h: Array) -> Array:  # r; where h has not converged, its root has the derivative 0
+        held = lax.stop_gradient(h)
+        return jnp.where(_speed(residual(held)) <= tolerance, residual(h), h - held)
+
     def solve(A_times: Any, y: Array) -> Any:
         return jnp.linalg.solve(jax.jacobian(A_times)(y), y)
 
-    end: Array = lax.custom_root(residual, h, search, solve)
-    return end
+    h = match_varying_axes(h, residual(h))
+    return jnp.asarray(lax.custom_root(has_root, h, search, solve))
 
 
 def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
@@ -212,7 +215,7 @@ def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
         raise ValueError(
             f"points.h: expected shape (N, H), the points of one network, got {points.h.shape}"
         )
-    _check_tolerance(tolerance)
+    checks.check_positive("tolerance", tolerance)
     h, speed = np.asarray(points.h), np.asarray(points.speed)
     left = np.flatnonzero(np.asarray(points.converged))
     if not left.size:
@@ -291,10 +294,3 @@ def _check_starts(params: Params, h: Any, x: Any) -> None:
     if steps_shape(x) not in ((), h.shape[:1]):
         given = f"N = {h.shape[0]} {'tokens' if checks.is_integer(x) else 'inputs'}"
         raise ValueError(f"x: expected one input, or {given} as h has, got shape {x.shape}")
-
-
-def _check_tolerance(tolerance: Any) -> None:
-    """Raises TypeError or ValueError unless the tolerance is a finite number above 0."""
-    checks.check_number("tolerance", tolerance)
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance: expected above 0 and finite, got {tolerance}")

@@ -172,14 +172,14 @@ def to_flax(params: Params) -> tuple[dict[str, Arrays], Arrays]:
     ((3, 5), (5, 2))
     """
     W_x, W_h, W_y, b_h, b_y = _to_arrays(params)
-    cell = {"i": {"kernel": W_x.T, "bias": b_h}, "h": {"kernel": W_h.T}}
-    return cell, {"kernel": W_y.T, "bias": b_y}
+    K_i, K_h, K = map(np.ascontiguousarray, (W_x.T, W_h.T, W_y.T))
+    return {"i": {"kernel": K_i, "bias": b_h}, "h": {"kernel": K_h}}, {"kernel": K, "bias": b_y}
 
 
 def _to_arrays(params: Params) -> list[NDArray[Any]]:
-    """Copies, because a NumPy view of a JAX array is read-only, which torch warns about."""
+    """Copies in C order: safetensors writes the buffer, and torch warns of a read-only view."""
     check_params(params)
-    return [np.array(leaf) for leaf in params]
+    return [np.array(leaf, order="C") for leaf in params]
 
 
 def _import_safetensors() -> ModuleType:

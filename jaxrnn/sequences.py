@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, export
 
 from jaxrnn import checks
 from jaxrnn.batches import Batch, check_batch, check_flags, check_is_batch, steps_shape
@@ -39,6 +39,8 @@ def _check_lengths(lengths: Any, T: Any) -> None:
     checks.check_array("lengths", lengths)
     if not checks.is_integer(lengths):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if export.is_symbolic_dim(T):
+        return
     checks.check_size("T", T, minimum=0)
     if not isinstance(lengths, jax.core.Tracer):
         lengths = np.asarray(lengths)

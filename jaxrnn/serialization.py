@@ -77,7 +77,8 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
       The pytree. Each leaf is a new JAX array.
 
     Raises:
-      CheckpointError: names, shapes or dtypes differ from those of `like`.
+      CheckpointError: names, shapes or dtypes differ from those of `like`, or JAX does not keep a
+        dtype of 64 bits.
       TypeError, ValueError: `like` holds what is no array, or two leaves of the same name.
 
     >>> state = {"h": jnp.arange(2.0), "key": jax.random.key(7)}
@@ -97,6 +98,11 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
             raise CheckpointError(
                 f"{name}: expected {dtype} of shape {stored.shape}, got {array.dtype} of shape "
                 f"{array.shape}"
+            )
+        kept = jax.dtypes.canonicalize_dtype(array.dtype)
+        if kept != array.dtype:
+            raise CheckpointError(
+                f"{name}: expected jax_enable_x64 for {array.dtype}, which JAX makes {kept} without"
             )
         if _is_key(leaf):
             key: Array = jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))

@@ -150,7 +150,8 @@ def init_state(
     return copy
 
 
-_EAGER = get_opaque_trace_state()  # outside of any transformation
+with jax.ensure_compile_time_eval():  # outside of any transformation
+    _EAGER = get_opaque_trace_state()
 _IN_OPTIMIZER = "The error is in the optimizer."
 _CALL_FIRST = ". Call the optax function first: optax.adam(1e-3)"
 

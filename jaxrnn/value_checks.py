@@ -126,7 +126,7 @@ def _check_functions(activation: Activation) -> None:
         return
     got = np.asarray(activation.df(activation.f(zs)))
     expected = np.asarray(autodiff_f_prime(activation.f, zs))
-    wrong = np.flatnonzero(~np.isclose(got, expected, rtol=1e-2, atol=1e-3))
+    wrong = np.flatnonzero(~np.isclose(got, expected, rtol=1e-2, atol=1e-3, equal_nan=True))
     if wrong.size:
         first = wrong[0]
         raise ValueError(

@@ -65,6 +65,33 @@ def test_the_derivative_by_what_the_activation_learns():
         np.testing.assert_allclose(derivative(s), expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("mode", [jax.grad, jax.jacfwd], ids=["reverse", "forward"])
+def test_a_start_that_does_not_converge_has_the_derivative_0_and_leaves_the_others(mode):
+    """h_0 = relu(h_0 - 1) has the root 0; from above 1 the search stays at a slow point."""
+    W_h, b_h = jnp.array([[1.0, 0.0], [0.0, 0.5]]), jnp.array([-1.0, 1.0])
+    params = Params(jnp.ones((2, 1)), W_h, jnp.ones((1, 2)), b_h, jnp.zeros(1))
+    starts = jnp.array([[0.0, 0.0], [3.0, 3.0]])
+
+    def total(b_h):
+        found = jaxrnn.fixed_points(
+            params._replace(b_h=b_h), starts, jnp.zeros(1), activation=jaxrnn.relu
+        )
+        assert found.h.shape == (2, 2)
+        return found.h.sum()
+
+    np.testing.assert_allclose(mode(total)(b_h), [0.0, 2.0], atol=1e-12)
+
+
+def test_networks_split_by_shard_map_with_shared_starts():
+    mesh = jax.make_mesh((2,), ("network",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = jax.vmap(lambda key: jaxrnn.init(key, 2, 6, 2))(jax.random.split(jax.random.key(0)))
+    fn = jax.vmap(jax.grad(lambda params: (points(params).h ** 2).sum()))
+    spec = jax.sharding.PartitionSpec("network")
+    split = jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec)
+    for got, expected in zip(jax.jit(split)(params), jax.jit(fn)(params), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-10)
+
+
 def test_nothing_depends_on_the_start():
     params = contracting_network()
     slope = jax.grad(lambda starts: points(params, starts).h.sum())(jnp.asarray(draw(1, 3, 6)))

@@ -125,3 +125,11 @@ def test_exported_bytes_are_served_without_the_package(tmp_path):
     subprocess.run([sys.executable, "-c", SERVER, *paths], check=True, cwd=tmp_path)
     _, ys = jaxrnn.unroll(PARAMS, xs)
     np.testing.assert_allclose(np.load(paths[2]), jax.nn.softmax(ys), atol=1e-6)
+
+
+def test_a_mask_from_lengths_with_symbolic_sizes():
+    T, B = export.symbolic_shape("T, B")
+    arguments = jax.ShapeDtypeStruct((B,), np.int32), jax.ShapeDtypeStruct((T, B, 3), np.float32)
+    fn = jax.jit(lambda lengths, xs: jaxrnn.mask_from_lengths(lengths, xs.shape[0]))
+    mask = export.export(fn)(*arguments).call(np.array([2, 0], np.int32), np.zeros((3, 2, 3), "f4"))
+    assert mask.astype(int).tolist() == [[1, 0], [1, 0], [0, 0]]

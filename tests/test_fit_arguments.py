@@ -139,6 +139,27 @@ def test_a_bound_method_is_compiled_with_what_its_object_holds_now(params):
     assert found == [True, False]  # the rate of the rule was 0, then 0.5
 
 
+def test_an_iterable_may_use_its_memory_again(params):
+    """JAX on a CPU reads NumPy's memory when it runs, which may be after the next batch is made."""
+    rng = np.random.default_rng(0)
+    xs, labels = rng.normal(size=(8, 50, 32, 2)).astype(np.float32), np.zeros((50, 32), np.int32)
+
+    class Loader:
+        memory = np.empty((50, 32, 2), np.float32)
+
+        def __iter__(self):
+            for x in xs:
+                self.memory[:] = x
+                yield Batch(self.memory, labels)
+            self.memory[:] = np.nan
+
+    results = [
+        jaxrnn.fit(jax.random.key(0), params, data, optimizer=optax.sgd(0.1), max_epochs=1)
+        for data in (Loader(), Stream(*(Batch(x, labels) for x in xs)))
+    ]
+    assert results[0].history == results[1].history
+
+
 def test_the_number_of_batches_of_an_epoch_compiles_nothing(params):
     """It may differ from epoch to epoch, as with batches of so many tokens."""
     numbers = iter([2, 3, 4])

@@ -179,6 +179,13 @@ def test_a_safetensors_file_stores_the_params_by_name(dtype, tmp_path):
     assert set(safetensors.load_file(path)) == {"W_x", "W_h", "W_y", "b_h", "b_y"}
     again = interop.load_safetensors(path)
     assert all(a.dtype == dtype and (a == b).all() for a, b in zip(again, params, strict=True))
+    transposed = jax.tree.map(lambda leaf: np.array(leaf).T.copy().T, params)
+    interop.save_safetensors(transposed, path)
+    again = interop.load_safetensors(path)
+    assert all((a == b).all() for a, b in zip(again, params, strict=True))
+    cell, dense = interop.to_flax(params)
+    assert cell["h"]["kernel"].flags.c_contiguous
+    assert dense["kernel"].flags.c_contiguous
     safetensors.save_file({"W_x": np.ones(1)}, path)
     with pytest.raises(
         ValueError, match=r"\.safetensors: expected names \['W_h', .* got \['W_x'\]"

@@ -221,3 +221,13 @@ def test_load_fit_of_another_checkpoint_is_an_error(params, tmp_path):
     checkpoints.save(tmp_path, 3, {"a": np.zeros(2)})
     with pytest.raises(CheckpointError, match=r"expected a checkpoint of save_fit, got \['a'\]"):
         jaxrnn.load_fit(tmp_path, params, optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("leaf", [np.array(2**40), np.array(1e300)], ids=["integer", "float"])
+def test_a_leaf_of_64_bits_is_not_narrowed(leaf):
+    tree = {"seen": leaf}
+    stored = to_arrays(tree)
+    with pytest.raises(CheckpointError, match=r"seen.*expected jax_enable_x64 for .*64"):
+        from_arrays(tree, stored)
+    with jax.enable_x64(True):
+        assert from_arrays(tree, stored)["seen"] == leaf

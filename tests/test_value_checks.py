@@ -44,7 +44,10 @@ WRONG = {
     ),
     "reset of numbers": (check_values(reset=XS[..., 0]), TypeError, r"reset: expected bool.*float"),
     "labels of text": (
-        check_values(targets=np.full((T, B), "a")), TypeError, r"targets: expected numbers, got <U1"
+        check_values(targets=np.full((T, B), "a")), TypeError, r"targets: expected real .* got <U1"
+    ),
+    "complex targets": (
+        check_values(targets=np.ones((T, B, 2), "c8")), TypeError, r"targets: .* got complex64"
     ),
     "labels of objects": (
         check_values(targets=np.full((T, B), None)), TypeError, r"targets: .*numbers, got object"
@@ -174,6 +177,7 @@ def test_a_warning_names_the_line_that_called():
 def test_the_derivatives_of_the_activations_pass_their_check(name):
     jaxrnn.check_values(PARAMS, BATCH, activation=getattr(jaxrnn, name))
     jaxrnn.check_values(PARAMS, BATCH, activation=Activation(jax.nn.gelu))
+    jaxrnn.check_values(PARAMS, BATCH, activation=Activation(jnp.sqrt, lambda h: 0.5 / h))
 
 
 @pytest.mark.parametrize(
