@@ -1,6 +1,5 @@
 """A file that one process writes to."""
 
-import contextlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,9 +18,10 @@ def open_alone(path: Path) -> BinaryIO:
       InputError: another process has it open in this way.
     """
     file = path.open("ab")
+    if fcntl is None:
+        return file
     try:
-        with contextlib.suppress(AttributeError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise InputError(

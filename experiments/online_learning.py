@@ -39,14 +39,7 @@ from experiments.long_lag_tasks import last_step
 from experiments.multi_seed import nan_if_skipped, train_seeds, use_all_cores
 from experiments.reports import Report, finite
 from jaxrnn import Batch, Params
-from jaxrnn.streams import (
-    Influence,
-    diagonal,
-    full,
-    rank_one,
-    start_stream,
-    stream_gradient,
-)
+from jaxrnn.streams import Influence, diagonal, full, rank_one, start_stream, stream_gradient
 
 LOSS = jaxrnn.binary_cross_entropy
 LEVELS = {"neither bit": 0.66156, "the first bit": 0.51917, "both bits": 0.45446}

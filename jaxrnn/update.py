@@ -240,7 +240,8 @@ def make_update(
 
     Returns:
       update: (state, batch) -> (state, Metrics). It donates the state, so use the one it returns.
-      Inside `jit`, `vmap`, `grad` or `scan` nothing is donated.
+      Inside `jit`, `vmap`, `grad` or `scan` nothing is donated. JAX may read NumPy arrays after the
+      call returns, so do not write to those of the batch.
 
     Raises:
       TypeError: gradient_fn is not a function, or optimizer neither an optax optimiser nor a

@@ -5,8 +5,7 @@
 
 Each mutant changes one operator, number or condition of a copy of the repository and runs the
 module's tests. mutation.toml names the tests of each module, the operators that are left out, and
-each mutant that survives, with the reason. Without arguments, every module
-is tested.
+each mutant that survives, with the reason. Without arguments, every module is tested.
 
 Exit status: 0 all is as explained; 1 a survivor is not explained, or too few mutants are killed.
 """

@@ -72,14 +72,13 @@ def test_a_start_that_does_not_converge_has_the_derivative_0_and_leaves_the_othe
     params = Params(jnp.ones((2, 1)), W_h, jnp.ones((1, 2)), b_h, jnp.zeros(1))
     starts = jnp.array([[0.0, 0.0], [3.0, 3.0]])
 
-    def total(b_h):
-        found = jaxrnn.fixed_points(
-            params._replace(b_h=b_h), starts, jnp.zeros(1), activation=jaxrnn.relu
-        )
-        assert found.h.shape == (2, 2)
-        return found.h.sum()
+    def search(b_h):
+        changed = params._replace(b_h=b_h)
+        return jaxrnn.fixed_points(changed, starts, jnp.zeros(1), activation=jaxrnn.relu)
 
-    np.testing.assert_allclose(mode(total)(b_h), [0.0, 2.0], atol=1e-12)
+    assert search(b_h).converged.tolist() == [True, False]
+    got = mode(lambda b_h: search(b_h).h.sum())(b_h)
+    np.testing.assert_allclose(got, [0.0, 2.0], atol=1e-12)
 
 
 def test_networks_split_by_shard_map_with_shared_starts():
