@@ -15,7 +15,7 @@ Two kinds of networks:
 A trial is correct if the network fixates up to the decision and its first action in it, the largest
 output, is the correct one. Accuracies are those on new trials, with noise, after the last epoch.
 At 0 % coherence the correct direction is a coin flip, so perceptual decisions have a ceiling: an
-ideal observer, which compares the sums of the two stimuli, is right in 89 % of the trials.
+ideal observer, which compares the sums of the two stimuli, is right in 89.6 % of the trials.
 
     pip install -e '.[experiments,cognitive]'
     python -m experiments.cognitive_tasks --out runs/cognitive_tasks

@@ -118,7 +118,10 @@ def sparse(key, shape, dtype=jnp.float32, *, radius: float):
     key_weights, key_exists = jax.random.split(key)
     exists = jax.random.bernoulli(key_exists, CONNECTIVITY, shape)
     W_h = np.asarray(jnp.where(exists, jax.random.normal(key_weights, shape, dtype), 0))
-    return jnp.asarray(radius / np.abs(np.linalg.eigvals(W_h)).max() * W_h)
+    drawn = np.abs(np.linalg.eigvals(W_h)).max()
+    if drawn < 1e-3:  # a small W_h without a cycle, whose radius is 0 but for rounding
+        return sparse(jax.random.fold_in(key, 0), shape, dtype, radius=radius)
+    return jnp.asarray(radius / drawn * W_h)
 
 
 def init_network(key, hidden_size: int, task: Task) -> Params:

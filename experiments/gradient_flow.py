@@ -238,7 +238,7 @@ def draw(rows: list[dict], clip: float):
 
 def summarize(config: Config, rows: list[dict]) -> str:
     """The factors at the smallest and largest radius; how many networks learn and diverge."""
-    radii = (config.radii[0], config.radii[-1])
+    radii = (min(config.radii), max(config.radii))
     initial = [row for row in rows if "relative_norms" in row and row["radius"] in radii]
     factors = "; ".join(
         f"{row['activation']}, ρ {row['radius']:g}: {mean_and_spread(row['factors'], 2)}"

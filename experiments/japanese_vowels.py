@@ -37,7 +37,7 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import cli
 from experiments.cli import InputError
-from experiments.multi_seed import nan_if_skipped, shard_seeds, use_all_cores
+from experiments.multi_seed import is_wrong_class, nan_if_skipped, shard_seeds, use_all_cores
 from experiments.reports import Report, mean_and_spread
 from jaxrnn import Batch, Params
 from jaxrnn.epochs import shuffled_epoch
@@ -191,7 +191,7 @@ def train(config: Config, readout: Readout, networks, batch: Batch, split, key):
         state, metrics = shuffled_epoch(update, state, training_data, key, config.batch_size)
         network = nan_if_skipped(state.params, metrics.skipped)
         ys = outputs(readout, network, test_data.xs, test_data.mask)
-        errors = (ys.argmax(axis=-1) != test_data.targets[0]).sum()
+        errors = is_wrong_class(ys, test_data.targets[0]).sum()
         return state._replace(params=network), errors
 
     def run(network, key):

@@ -178,11 +178,6 @@ def make_gradient_fn(task: Task, method: Method):
     return partial(jaxrnn.bptt, **options)
 
 
-def is_wrong_class(y, target):
-    at_target = jnp.take_along_axis(y, target[..., None], axis=-1)[..., 0]
-    return ~(at_target >= y.max(axis=-1))  # NaN is wrong
-
-
 def wrong_sequences(task: Task, params: Params, batch: Batch, f: Activation = jaxrnn.tanh):
     """(B,) bool: the output is wrong at a step that counts."""
     _, ys = jaxrnn.unroll(params, batch.xs, activation=f)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 import jaxrnn
 from experiments.adding import adding_batch
-from experiments.long_lag_tasks import Task, is_wrong_class, last_step
+from experiments.long_lag_tasks import Task, last_step
+from experiments.multi_seed import is_wrong_class
 from jaxrnn import Batch
 
 DISTRACTORS = 98

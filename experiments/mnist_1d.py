@@ -35,7 +35,7 @@ from tqdm import tqdm
 import jaxrnn
 from experiments import cli
 from experiments.cli import InputError
-from experiments.multi_seed import nan_if_skipped, shard_seeds, stack, use_all_cores
+from experiments.multi_seed import is_wrong_class, nan_if_skipped, shard_seeds, stack, use_all_cores
 from experiments.reports import Report, mean_and_spread
 from jaxrnn import Activation, Batch, Params
 from jaxrnn.epochs import shuffled_epoch
@@ -205,7 +205,7 @@ def classification_loss(network, batch, h=None, *, key=None, **options):
 
 
 def accuracy(network, batch: Batch, **options):
-    return 100 * (outputs(network, batch.xs, **options).argmax(axis=-1) == batch.targets[0]).mean()
+    return 100 * (~is_wrong_class(outputs(network, batch.xs, **options), batch.targets[0])).mean()
 
 
 @partial(jax.jit, static_argnames=("config", "f", "readout"))

@@ -12,7 +12,7 @@ from jaxrnn import Batch
 
 
 def read(path: Path | None) -> dict[str, list[np.ndarray]]:
-    """The pieces of each part, (T_n, 88) arrays of zeros and ones."""
+    """The pieces of each part, (T_n, 88) arrays of zeros and ones with T_n at least 2."""
     if path is None:
         raise InputError("--data: expected a .mat file of piano rolls, got none")
     try:
@@ -23,7 +23,14 @@ def read(path: Path | None) -> dict[str, list[np.ndarray]]:
         raise InputError(f"{path}: expected a readable .mat file: {error.strerror}") from None
     except (KeyError, ValueError, IndexError, TypeError, MatReadError) as error:
         raise InputError(f"{path}: expected piano rolls as .mat, got: {error}") from None
-    return {name: [np.asarray(piece, np.uint8) for piece in part] for name, part in parts.items()}
+    found = {}
+    for name, part in parts.items():
+        found[name] = [np.asarray(piece, np.uint8) for piece in part if len(piece) > 1]
+        if not found[name]:
+            raise InputError(f"{path}: expected {name} pieces of two steps or more, got none")
+        if not all(np.isin(piece, (0, 1)).all() for piece in part):
+            raise InputError(f"{path}: expected zeros and ones in the {name} pieces, got others")
+    return found
 
 
 def lay_out(rng, pieces: list[np.ndarray], B: int, T: int) -> Batch:

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import matplotlib
 import numpy as np
 
 from experiments import run_state
+from experiments.locks import open_alone
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,7 +28,8 @@ class Report:
       rows: the lines of metrics.jsonl, a dict each.
 
     Raises:
-      InputError: the folder cannot be created, or it holds a run and `overwrite` is not set.
+      InputError: the folder cannot be created, it holds a run and `overwrite` is not set, or
+        another process writes to it.
     """
 
     def __init__(self, config):
@@ -38,13 +41,14 @@ class Report:
             run_state.check_no_run(
                 self.folder, ": --overwrite discards it, another --out leaves it as it is"
             )
+        self._metrics = open_alone(self.folder / "metrics.jsonl")
+        weakref.finalize(self, self._metrics.close)  # also after an error
         run_state.discard_run(self.folder)
-        self._path = self.folder / "metrics.jsonl"
 
     def log(self, **row) -> None:
         """Appends a line to metrics.jsonl."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._metrics.write(json.dumps(row).encode() + b"\n")
+        self._metrics.flush()
         self.rows.append(row)
 
     def finish(self, ours: str, draw: Callable, **figures) -> dict:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import signal
@@ -19,11 +20,9 @@ import optax
 from experiments.cli import InputError, Stopped, flag
 from experiments.locks import open_alone
 from jaxrnn import TrainState, checkpoints
-from jaxrnn.checkpoints import CheckpointError
 from jaxrnn.serialization import from_arrays, to_arrays
 
-SAVE_EVERY = 30.0
-"""Seconds between checkpoints if no number of steps is given."""
+SAVE_EVERY = 30.0  # seconds between checkpoints if no number of steps is given
 
 
 def versions() -> dict:
@@ -80,7 +79,8 @@ def discard_run(folder: Path) -> None:
     """Removes the run that the folder holds, if any; an empty metrics.jsonl stays."""
     discard_checkpoints(folder)
     (folder / "metrics.jsonl").write_bytes(b"")
-    (folder / "summary.json").unlink(missing_ok=True)
+    for name in ("summary.json", "figure.png", "curve.png", "sample.txt"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -183,11 +183,12 @@ class Run:
         size = found.note["metrics_bytes"]
         data = self._metrics_path.read_bytes()[:size] if self._metrics_path.exists() else b""
         if hashlib.sha256(data).hexdigest() != found.note["metrics_sha256"]:
-            raise CheckpointError(
+            raise checkpoints.CheckpointError(
                 f"{self._metrics_path}: expected the first {size} bytes to be those at step "
                 f"{found.step}, got others"
             )
-        self.rows = [json.loads(line) for line in data.splitlines()]
+        rows = map(json.loads, data.splitlines())
+        self.rows = [{k: math.nan if x is None else x for k, x in row.items()} for row in rows]
         self.step = found.step
         self.seconds, self.seconds_of_steps = found.note["seconds"]
 
@@ -247,7 +248,8 @@ class Run:
 
     def log(self, row: dict) -> None:
         """Appends a line to metrics.jsonl in one write, so that a kill leaves no partial line."""
-        line = json.dumps(row).encode() + b"\n"
+        lacks = [k for k, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+        line = json.dumps(row | dict.fromkeys(lacks)).encode() + b"\n"  # JSON has no NaN
         self._metrics.write(line)
         self._metrics.flush()
         self._sha256.update(line)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 import jaxrnn
 from experiments import cli, long_lag_tasks
-from experiments.long_lag_tasks import SMOKE, Task, compare, is_wrong_class, last_step
+from experiments.long_lag_tasks import SMOKE, Task, compare, last_step
+from experiments.multi_seed import is_wrong_class
 from jaxrnn import Batch
 
 

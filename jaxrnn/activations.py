@@ -73,11 +73,8 @@ def has_traced_values(function: Any, *arguments: Any) -> bool:
 
     It is traced with arguments of the shapes and dtypes of these.
     """
-    try:
-        hash(function)
-    except TypeError:  # such as a dataclass: JAX keeps what it traces by the function
-        function = partial(function)
-    _, traced = jax.closure_convert(function, *arguments)
+    # A new object, because JAX keeps what it traces by the function, which may read other values.
+    _, traced = jax.closure_convert(partial(function), *arguments)
     return bool(traced)
 
 

@@ -218,14 +218,14 @@ def bptt(
       batch: Batch.
       h_0: (*batch, H); zeros if None. It gets no gradient; `jax.grad(sequence_loss)` gives one.
       activation: f.
-      leak: alpha in (0, 1], a scalar or (H,); None is 1. It gets no gradient, as h_0.
-      loss: g and its loss.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1. Like h_0, it gets no gradient.
+      loss: Loss.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
         forward pass, and memory proportional to T/K + K instead of T. The spacing is the divisor of
         T nearest to K by ratio, between K/2 and 2 K; if there is none, a number near K. It is also
         the length of a block, and each block makes a gradient of every weight: with few steps or
-        large weights, K takes more memory than None. None stores all states, as a symbolic T of
-        `jax.export` does.
+        large weights, K takes more memory than None. None, or a symbolic T of
+        `jax.export`, stores all states.
       loop: what runs the steps, such as `kernels.loop`.
 
     Returns:
@@ -262,9 +262,13 @@ def bptt(
     count = step_weights(batch, dtype).sum()
 
     # On a GPU, a condition waits for the device; under vmap, one over a mesh fails.
-    can_skip = batch.weights is not None and K < T and jax.default_backend() == "cpu"
-    can_skip = can_skip and explicit_sharding(h_0) is None
-    can_skip = can_skip and not reads_traced_values(loss, params, batch)
+    can_skip = (
+        batch.weights is not None
+        and K < T
+        and jax.default_backend() == "cpu"
+        and explicit_sharding(h_0) is None
+        and not reads_traced_values(loss, params, batch)
+    )
     output = block_output_if_any if can_skip else block_output
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:

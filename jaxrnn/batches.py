@@ -125,7 +125,7 @@ def check_step(params: Params, h: Any, x: Any, drive: Any) -> None:
     checks.check_float_array("h", h)
     batch_shape = steps_shape(x)
     if checks.is_integer(x) and x.shape == (*h.shape[:-1], params.W_x.shape[1]):
-        raise ValueError(_features("x", x, "*batch"))
+        raise ValueError(features_message("x", x, "*batch"))
     check_state("h", params, h, batch_shape)
     check_drive(params, drive, batch_shape, "*batch as in x")
 
@@ -217,11 +217,12 @@ def check_tokens(params: Params | None, batch: Batch, h_0: Any) -> None:
         ambiguous or not _fits(params, batch, h_0, xs.ndim)
     ):
         raise ValueError(
-            _features("xs", xs, "T, *batch") + ", or give a mask or h_0 with tokens of this shape"
+            features_message("xs", xs, "T, *batch")
+            + ", or give a mask or h_0 with tokens of this shape"
         )
 
 
-def _features(name: str, x: Any, leading: str) -> str:
+def features_message(name: str, x: Any, leading: str) -> str:
     """The message for integers that fit as numbers with a feature axis."""
     return (
         f"{name}: expected a floating-point dtype for inputs with a feature axis, got {x.dtype} of "

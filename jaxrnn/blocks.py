@@ -30,7 +30,7 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     There is one block in three cases. Up to 512 steps have at most 32,768 numbers in the widest
     array: one block takes less time, also to compile. The inputs that each block copies are at
     least four times as large as all states. W_x, whose gradient each block copies, is at least
-    twice as large as all states. Tokens take no room as inputs.
+    twice as large as all states. Tokens count as I = 0.
 
     On a GPU a block has about 128 steps, and there is one block if each loop is `one_kernel`.
     """
@@ -166,7 +166,7 @@ def join_blocks(blocks: Tree) -> Tree:
 
 
 def enter_at_last(dhs: Array, dh_next: Array, last: Array | None) -> tuple[Array, Array]:
-    """dh_t of each step of a block, and dh_next behind them, which enters at step `last`.
+    """dh_t of each step of a block, with dh_next added at step `last`.
 
     No gradient flows through the steps behind `last`, so that dz_t is 0 there.
     """

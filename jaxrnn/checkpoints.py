@@ -42,10 +42,13 @@ def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
 def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
     """The steps of the checkpoints in a folder, ascending; [] if the folder does not exist.
 
+    Raises:
+      NotADirectoryError: the path is that of a file.
+
     >>> saved_steps("no such folder")
     []
     """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with contextlib.suppress(FileNotFoundError):
         matches = map(FILE_NAME.fullmatch, os.listdir(Path(folder)))
         return sorted(int(match[1]) for match in matches if match)
     return []
@@ -141,6 +144,11 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
       CheckpointError: the file is missing, damaged, forged, or named after another step.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load(save(folder, 20, {"losses": [1.5, 0.5]})).step
+    20
     """
     path = Path(path)
     try:
@@ -166,12 +174,19 @@ def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
 
     Raises:
       CheckpointError: every checkpoint in the folder is damaged.
+      NotADirectoryError: the path is that of a file.
+
+    >>> print(newest("no such folder"))
+    None
     """
     failures = []
     for step in reversed(saved_steps(folder)):
+        path = checkpoint_path(folder, step)
         try:
-            checkpoint = load(checkpoint_path(folder, step))
+            checkpoint = load(path)
         except CheckpointError as error:
+            if not os.path.lexists(path):
+                return newest(folder)  # another process has saved a newer one since
             failures.append(str(error))
             continue
         for failure in failures:

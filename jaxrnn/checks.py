@@ -1,7 +1,7 @@
 """Checks of rank, shape, dtype and static values, made while tracing, and their messages.
 
 Each message names the argument, what was expected and what came. The check of a type stands beside
-the type; what only values can show is checked on the host by `check_values`.
+the type; `check_values` checks values on the host.
 """
 
 import math
@@ -40,7 +40,7 @@ def to_numpy(x: Any) -> np.ndarray:
 
 @contextmanager
 def noted(note: str) -> Iterator[None]:
-    """Adds a note to an error, such as the argument that it is about."""
+    """Adds a note to an error, such as the name of the argument."""
     try:
         yield
     except Exception as error:

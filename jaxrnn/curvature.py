@@ -9,7 +9,6 @@ of products. As in `bptt`, all products but that with W_h are taken by blocks of
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -44,8 +43,9 @@ def check_direction(v: Any, params: Params) -> None:
         like = getattr(params, name)
         checks.check_array(f"v.{name}", leaf)
         checks.check_shape(f"v.{name}", leaf, like.shape, f"as params.{name}")
-        if leaf.dtype != like.dtype:
-            raise TypeError(f"v.{name}: expected {like.dtype} as params.{name}, got {leaf.dtype}")
+        expected, got = map(jax.dtypes.canonicalize_dtype, (like.dtype, leaf.dtype))
+        if got != expected:  # NumPy's float64 is float32 without x64
+            raise TypeError(f"v.{name}: expected {expected} as params.{name}, got {got}")
 
 
 def gauss_newton(
@@ -70,7 +70,7 @@ def gauss_newton(
       h_0: (*batch, H); zeros if None. It does not depend on the parameters.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1. It is fixed.
-      loss: g and its loss, the mean over the steps that count. Its `error` is differentiated once.
+      loss: Loss, the mean over the steps that count. Its `error` is differentiated once.
       checkpoint_every: K stores about every K-th state and change of state. Each product then
         computes the others again, in three more loops over time. Memory is proportional to T/K + K
         instead of T. None stores the states and outputs of all steps.
@@ -99,22 +99,24 @@ def gauss_newton(
         checks.check_size("checkpoint_every", checkpoint_every)
     h_0 = initial_state(params, batch.xs, h_0, (batch, leak))
     network = Network(params, activation, as_leak(params, leak), loss)
-    if batch.xs.shape[0] == 0:
-        return partial(_no_product, params)
-    if checkpoint_every is None:
-        K = block_steps(params, batch)
-    else:
-        K = near_divisor(batch.xs.shape[0], checkpoint_every)
+    T = batch.xs.shape[0]
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = linearization_states(network, block, h)
         return at_step(last, states[0]), (h, states if checkpoint_every is None else None)
 
-    _, saved = scan_blocks(forward, h_0, batch, K)
+    if checkpoint_every is None:
+        K = block_steps(params, batch)
+    else:
+        K = near_divisor(T, checkpoint_every)
+    saved = scan_blocks(forward, h_0, batch, K)[1] if T else None
 
     def product(v: Params, structural: ArrayLike | None = None) -> Params:
         check_direction(v, params)
         _check_structural(structural)
+        if T == 0:
+            zeros: Params = jax.tree.map(jnp.zeros_like, v)
+            return zeros
         return _product(network, batch, h_0, K, saved, v, structural)
 
     return product
@@ -122,14 +124,6 @@ def gauss_newton(
 
 def _check_structural(structural: Any) -> None:
     checks.check_scalar("structural", 0 if structural is None else structural)
-
-
-def _no_product(params: Params, v: Params, structural: ArrayLike | None = None) -> Params:
-    """G v of no steps."""
-    check_direction(v, params)
-    _check_structural(structural)
-    zeros: Params = jax.tree.map(jnp.zeros_like, v)
-    return zeros
 
 
 def _product(
@@ -241,7 +235,7 @@ def gauss_newton_product(
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
-      loss: g and its loss.
+      loss: Loss.
       checkpoint_every: as in `curvature.gauss_newton`.
 
     Returns:

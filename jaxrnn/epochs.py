@@ -112,8 +112,8 @@ def streamed_epoch(
 
 def mean_loss_of_updates(metrics: Metrics) -> float:
     """The mean loss over the updates that were applied; NaN if none was, or no step counted."""
-    loss, counted, skipped = map(np.asarray, (metrics.loss, metrics.counted, metrics.skipped))
-    counted = np.where(skipped == 0, counted, 0)
+    loss, counted = (np.asarray(x, np.float64) for x in (metrics.loss, metrics.counted))
+    counted = np.where(np.asarray(metrics.skipped) == 0, counted, 0)
     if not counted.any():
         return math.nan
     return float(np.where(counted > 0, loss, 0) @ counted / counted.sum())
@@ -130,16 +130,15 @@ def epoch_runner(
     """(state, epoch) -> (state, Metrics of each update), for a Batch or for batches in order."""
     if not isinstance(train, Batch):
         return lambda state, _: streamed_epoch(compiled.update, state, train, h_0, max_skipped)
-    data = jax.tree.map(jnp.asarray, train)
-    N = steps_shape(data.xs)[1]
+    N = steps_shape(train.xs)[1]
     size = min(batch_size or N, N)
-    if size % parts(data.xs, 1):
+    if size % parts(train.xs, 1):
         raise ValueError(
-            f"batch_size: expected a multiple of the {parts(data.xs, 1)} parts into which the type "
-            f"of train.xs splits the examples, got {size}"
+            f"batch_size: expected a multiple of the {parts(train.xs, 1)} parts into which the "
+            f"type of train.xs splits the examples, got {size}"
         )
     return lambda state, epoch: compiled.shuffled_epoch(
-        state, data, jax.random.fold_in(key, epoch), size
+        state, train, jax.random.fold_in(key, epoch), size
     )
 
 
@@ -181,9 +180,10 @@ class CheckedOnce:
 
 
 def check_once(name: str, check: Callable[[Batch], None], data: Any, dtype: DTypeLike) -> Any:
-    """The same data. A Batch or a list is checked now, an iterable during its first pass.
+    """The same data, a Batch as JAX arrays.
 
-    In a Batch or a list, some step must count, in `dtype`.
+    A Batch or a list is checked now, and some step of it must count, in `dtype`; another iterable
+    is checked during its first pass.
     """
     if isinstance(data, Batch):
         at_hand = {name: data}
@@ -196,4 +196,4 @@ def check_once(name: str, check: Callable[[Batch], None], data: Any, dtype: DTyp
             check(batch)
     if not any(step_weights(batch, dtype).any() for batch in at_hand.values()):
         raise ValueError(f"{name}: {NO_STEP}")
-    return data
+    return jax.tree.map(jnp.asarray, data) if isinstance(data, Batch) else data

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, tanh
-from jaxrnn.batches import check_input, steps_shape
+from jaxrnn.batches import check_input, features_message, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
@@ -70,8 +70,8 @@ def fixed_points(
     `steps`. `converged` marks those whose q is at most the tolerance.
 
     Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
-    trajectories, and means of them, with noise added. No starts are sure to find all of them. But a
-    step of a tanh network maps the cube [-1, 1]^H into itself, so the signs of det(I - dF/dh) at
+    trajectories, and means of them, with noise added. No choice of starts is sure to find all. But
+    a step of a tanh network maps the cube [-1, 1]^H into itself, so the signs of det(I - dF/dh) at
     all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some are missing.
 
     A leak moves no fixed point: search and tolerance are those without one, speeds and Jacobians
@@ -93,7 +93,8 @@ def fixed_points(
     Returns:
       FixedPoints, in the order of the starts and in the parameters' dtype. `distinct` removes
       duplicates and points that have not converged. If none is left, look at q, the speed without a
-      leak: slightly above the tolerance, more steps or float64 help; far above it, other starts.
+      leak. If it is slightly above the tolerance, take more steps or float64; if it is far above,
+      other starts.
 
     Raises:
       TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
@@ -168,7 +169,7 @@ def _search(
         n, q, fell = (scalar_as(h, scalar) for scalar in (n, q, fell))
         return lax.while_loop(unfinished, body, match_varying_axes((n, h, q, fell), residual(h)))[1]
 
-    def has_root(h: Array) -> Array:  # r; where h has not converged, its root has the derivative 0
+    def has_root(h: Array) -> Array:  # r, or h - held where h has not converged: derivative 0
         held = lax.stop_gradient(h)
         return jnp.where(_speed(residual(held)) <= tolerance, residual(h), h - held)
 
@@ -292,5 +293,7 @@ def _check_starts(params: Params, h: Any, x: Any) -> None:
     if h.ndim != 2 or h.shape[1] != H:
         raise ValueError(f"h: expected shape (N, {H}), H of W_h, got {h.shape}")
     if steps_shape(x) not in ((), h.shape[:1]):
+        if x.shape in ((params.W_x.shape[1],), (len(h), params.W_x.shape[1])):
+            raise ValueError(features_message("x", x, "N"))
         given = f"N = {h.shape[0]} {'tokens' if checks.is_integer(x) else 'inputs'}"
         raise ValueError(f"x: expected one input, or {given} as h has, got shape {x.shape}")

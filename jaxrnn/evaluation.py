@@ -81,8 +81,9 @@ def evaluate(
       h_0: the state before the first batch, carried from batch to batch; None starts each batch
         from zeros.
       loss_fn: (params, batch, h) -> (value, h_T). It is compiled once per function object: create a
-        partial or a lambda outside the loop that evaluates, and store a bound method, which is
-        another object each time it is read.
+        partial or a lambda outside the loop that evaluates, and assign a bound method to a name,
+        because each access makes a new object. Bind the options of training, such as
+        `partial(sequence_loss, activation=relu)`.
 
     Returns:
       The mean, a float.

@@ -92,7 +92,7 @@ def hidden_states(
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,), such as dt / tau; None is 1, and h_t = f(z_t). In 16
-        bits 1 - alpha has few digits: a small alpha wants parameters in float32.
+        bits 1 - alpha has few digits: with a small alpha, use parameters in float32.
       drive: (T, *batch, H), added to z_t: noise, a perturbation, an embedding; None is 0.
       mask: (T, *batch) bool, True where step t exists; elsewhere the state is held, and xs and
         drive are not read. If None, every step exists.
@@ -196,7 +196,7 @@ def sequence_loss(
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
-      loss: g and its loss.
+      loss: Loss.
       loop: what runs the steps, such as `kernels.loop`. Autodiff's loop back in time is a scan.
 
     Returns:

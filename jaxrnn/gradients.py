@@ -66,9 +66,9 @@ def takes(function: Callable[..., Any], keyword: str) -> bool:
 
 
 class SameObject:
-    """Functions as a key of a cache: the same objects alone, while it holds them, are the same key.
+    """A cache key that compares functions by identity, and keeps them alive.
 
-    Equal functions need not be the same: bound methods of an object are, and the object may change.
+    Functions that compare equal may differ: two bound methods of an object that has changed do.
     """
 
     def __init__(self, *functions: Any):

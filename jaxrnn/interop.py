@@ -40,7 +40,8 @@ def _to_numpy(leaf: Any) -> NDArray[Any]:
         leaf = leaf.detach().cpu()
         if str(leaf.dtype) == "torch.bfloat16":  # torch converts it to NumPy only by way of float32
             return np.asarray(leaf.float()).astype(jnp.bfloat16)
-    return np.asarray(leaf)
+    array = np.asarray(leaf)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)  # JAX has no other
 
 
 def _to_params(**arrays: NDArray[Any]) -> Params:

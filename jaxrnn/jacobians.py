@@ -3,7 +3,7 @@
     z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = (1 - alpha) h_{t-1} + alpha f(z_t)
     J_t = dh_t/dh_{t-1} = diag(1 - alpha) + diag(alpha f'(z_t)) W_h
 
-Autodiff takes f', so any elementwise f will do.
+Autodiff takes f', so f may be any elementwise function.
 """
 
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def lyapunov_exponents(
 
     The QR factorisation at each step keeps the directions apart (Benettin et al. 1980; for
     recurrent networks Engelken, Wolf, Abbott 2023). Q_0 is a dense orthogonal matrix: from the
-    identity, a unit that is off could take the place of a direction that grows. A largest exponent
+    identity, an inactive unit could hide a direction that grows. A largest exponent
     below 0 means that nearby trajectories with the same inputs meet; above 0 that they separate. A
     transient is left out by starting from the h_T that it ends with.
 
@@ -146,8 +146,8 @@ def lyapunov_exponents(
       drive: (T, *batch, H), added to z_t; None is 0.
 
     Returns:
-      (*batch, H), largest first, in the parameters' dtype. For a direction that is lost, a step
-      adds -inf, or by rounding about the logarithm of the dtype's eps.
+      (*batch, H), largest first, in the parameters' dtype. Where J_t is singular, a step
+      adds -inf to the last ones, or by rounding about the logarithm of the dtype's eps.
 
     Raises:
       TypeError, ValueError: a dtype or shape does not fit, or there is no step; the message names

@@ -6,7 +6,7 @@
 XLA launches a kernel for each product of each step, which for small H takes longer than the product
 (Diamos et al. 2016). Here each block of threads loads W_h once, takes 16 sequences and runs their
 steps, up to 8,191 in a launch; no block waits for another. The step is the same function that
-`recurrence.scan` runs. The scan stays where the kernel does not apply:
+`recurrence.scan` runs. The scan runs instead where the kernel does not apply:
 
 - on another platform than CUDA, chosen when the program is compiled for it;
 - for H above 128 in float32 or 256 in bfloat16, where W_h does not fit, and for other dtypes;
@@ -14,7 +14,7 @@ steps, up to 8,191 in a launch; no block waits for another. The step is the same
 - for an activation of other operations than tanh, ReLU, sigmoid and identity, or that reads arrays;
 - for fewer than 16 steps, symbolic sizes or explicit sharding, and if JAX lacks the backend.
 
-Where the scan stays, `bptt` on a GPU still takes one block of all steps, so leave `loop` at its
+Where the scan runs, `bptt` on a GPU still takes one block of all steps, so leave `loop` at its
 default for such networks.
 
 The kernel is written in Pallas for its Triton backend, which needs an NVIDIA GPU of compute
@@ -39,7 +39,7 @@ from jax import Array, lax
 
 from jaxrnn.recurrence import scan
 from jaxrnn.sharding import explicit_sharding
-from jaxrnn.tiles import SEQUENCES, Network, in_pieces, with_flat_batch, with_whole_tiles
+from jaxrnn.tiles import SEQUENCES, LoopNetwork, in_pieces, with_flat_batch, with_whole_tiles
 
 Step: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -95,9 +95,9 @@ class OnChip(NamedTuple):
 
 
 def step_on_chip(
-    step: Step, transposed: bool, network: Network, carry: Array, inputs: Any
+    step: Step, transposed: bool, network: LoopNetwork, carry: Array, inputs: Any
 ) -> tuple[Array, Any]:
-    """The step of 16 sequences, with flags as int32 and W_h perhaps transposed."""
+    """The step of 16 sequences, with flags as int32, and W_h stored transposed if `transposed`."""
     W_h, units = network
     units = jax.tree.map(lambda x: x.astype(jnp.float32), units)
     inputs = jax.tree.map(
@@ -107,7 +107,7 @@ def step_on_chip(
     return result
 
 
-def tile(network: Network, inputs: Any, H: int) -> tuple[Any, Any, Any]:
+def tile(network: LoopNetwork, inputs: Any, H: int) -> tuple[Any, Any, Any]:
     """The shapes of the arguments of `step_on_chip`."""
     W_h, units = network
     flags = jax.ShapeDtypeStruct((SEQUENCES,), jnp.int32)
@@ -118,7 +118,7 @@ def tile(network: Network, inputs: Any, H: int) -> tuple[Any, Any, Any]:
     return (jax.ShapeDtypeStruct((H, H), W_h.dtype), rows), carry, steps
 
 
-def applies(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
+def applies(step: Step, network: LoopNetwork, carry: Array, inputs: Any) -> bool:
     """Whether the kernel applies; the module's docstring says where it does not."""
     W_h, H, leaves = network[0], carry.shape[-1], jax.tree.leaves((network, carry, inputs))
     if pallas() is None or not all(isinstance(n, int) for leaf in leaves for n in leaf.shape):
@@ -139,7 +139,7 @@ def applies(step: Step, network: Network, carry: Array, inputs: Any) -> bool:
 
 def loop(
     step: Step,
-    network: Network,
+    network: LoopNetwork,
     carry: Array,
     inputs: Any,
     *,
@@ -173,7 +173,7 @@ def loop(
     kernel = with_flat_batch(with_whole_tiles(in_pieces(run, reverse=reverse)))
 
     @jax.custom_jvp
-    def accelerated(network: Network, carry: Array, inputs: Any) -> tuple[Any, Any]:
+    def accelerated(network: LoopNetwork, carry: Array, inputs: Any) -> tuple[Any, Any]:
         if interpret:
             return kernel(network, carry, inputs)
         result: tuple[Any, Any] = lax.platform_dependent(
@@ -190,7 +190,7 @@ def loop(
 
 def launch(
     step: Step,
-    network: Network,
+    network: LoopNetwork,
     carry: Array,
     inputs: Any,
     *,

@@ -1,4 +1,4 @@
-"""The output function g and the loss that matches it: three matched pairs.
+"""Three losses, each with its output function g.
 
 A Loss holds g, the loss and its derivative together. For a matched pair of g and loss,
 dl/dy = g(y) - target, where y is the output before g.
@@ -146,8 +146,8 @@ def mean_loss(ys: Array, batch: Batch, loss: Loss = cross_entropy) -> Array:
 
     Args:
       ys: (T, *batch, O), the outputs before g; not read where the mask is False.
-      batch: Batch, of which xs are read for their shape and dtype alone.
-      loss: g and its loss.
+      batch: Batch; of xs, only the shape and dtype are read.
+      loss: Loss.
 
     Returns:
       L, a scalar in float32 at least; 0 where no step counts.

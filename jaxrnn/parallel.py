@@ -28,7 +28,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
 
     Returns:
       The gradient function. Its value and gradient are those of the whole batch; h_T stays split
-      over the devices. Each device folds its index into `key`.
+      over the devices. Each device folds its index into `key`. The dtype must hold n_k dtheta_k.
 
     Raises:
       TypeError: gradient_fn is not a function, or mesh not a Mesh; when called, if the batch is not
@@ -75,7 +75,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
                 f"batch: expected a first batch axis that is a multiple of {mesh.shape[axis]} "
                 f"devices, got xs of shape {batch.xs.shape}"
             )
-        if AxisType.Explicit in mesh.axis_types:
+        if mesh.axis_types[0] == AxisType.Explicit:
             params, batch, h_0, key = (
                 jax.sharding.reshard(tree, NamedSharding(mesh, spec))
                 for tree, spec in zip((params, batch, h_0, key), in_specs, strict=True)

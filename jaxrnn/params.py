@@ -59,8 +59,8 @@ def check_params(params: Any) -> None:
 def check_leak(leak: Any, params: Params) -> None:
     """Raises TypeError or ValueError unless leak is None, or in (0, 1], a scalar or (H,).
 
-    Below the dtype's eps, 1 - alpha is rounded by more than alpha / 4, to 1 for the smallest alpha.
-    The values of a traced array are not checked.
+    Below the dtype's eps, 1 - alpha may be rounded by alpha / 4 or more, at last to 1. The values
+    of a traced array are not checked.
     """
     if leak is None:
         return
@@ -74,12 +74,12 @@ def check_leak(leak: Any, params: Params) -> None:
         values = np.atleast_1d(np.asarray(leak, np.float64))
         wrong = values[~((values > 0) & (values <= 1))]
         if wrong.size:
-            raise ValueError(f"leak: expected values in (0, 1], got {wrong[0]} in {dtype}")
+            raise ValueError(f"leak: expected values in (0, 1], got {wrong[0]}")
         eps, smallest = float(jnp.finfo(dtype).eps), values.min()
         if smallest < eps:
             raise ValueError(
-                f"leak: expected values of at least {eps:.2g}, because 1 - alpha is rounded in "
-                f"{dtype}, got {smallest}"
+                f"leak: expected values of at least {eps:.2g}, because 1 - alpha may be rounded "
+                f"in {dtype}, got {smallest}"
             )
 
 
@@ -166,7 +166,7 @@ def init(
     key_x, key_h, key_y = jax.random.split(key, 3)
     draw_dtype = at_least_float32(dtype)  # QR factorisation needs at least float32
     W_h = W_h_init(key_h, (hidden_size, hidden_size), draw_dtype)
-    checks.check_array("W_h_init(key, (H, H), dtype)", W_h)
+    checks.check_float_array("W_h_init(key, (H, H), dtype)", W_h)
     checks.check_shape("W_h_init(key, (H, H), dtype)", W_h, (hidden_size, hidden_size), "H, H")
     drawn = Params(
         W_x=_fan_in(key_x, (hidden_size, input_size), draw_dtype),

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
 from jaxrnn import checkpoints, checks
 from jaxrnn.checkpoints import CheckpointError
@@ -22,13 +23,18 @@ def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
+def _is_extension(dtype: DTypeLike) -> bool:
+    """Whether NumPy lacks the dtype, such as bfloat16. It is stored as unsigned integers."""
+    return np.dtype(dtype).isbuiltin == 2
+
+
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
     """The leaves by their path. A dtype that NumPy lacks is part of the name."""
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".") or "leaf"
         checks.check_array(name, leaf)
-        if _is_key(leaf) or np.dtype(leaf.dtype).kind == "V":
+        if _is_key(leaf) or _is_extension(leaf.dtype):
             name = f"{name}:{leaf.dtype}"
         if name in leaves:
             raise ValueError(f"tree: expected a name for each leaf, got two of {name}")
@@ -60,7 +66,7 @@ def to_arrays(tree: PyTree) -> dict[str, np.ndarray]:
         if _is_key(leaf):
             leaf = jax.random.key_data(leaf)
         array = np.array(checks.to_numpy(leaf))
-        return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
+        return array.view(f"u{array.itemsize}") if _is_extension(array.dtype) else array
 
     return {name: to_numpy(leaf) for name, leaf in _named_leaves(tree).items()}
 
@@ -79,7 +85,7 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
     Raises:
       CheckpointError: names, shapes or dtypes differ from those of `like`, or JAX does not keep a
         dtype of 64 bits.
-      TypeError, ValueError: `like` holds what is no array, or two leaves of the same name.
+      TypeError, ValueError: a leaf of `like` is not an array, or two have the same name.
 
     >>> state = {"h": jnp.arange(2.0), "key": jax.random.key(7)}
     >>> from_arrays(state, to_arrays(state))["h"].tolist()
@@ -92,7 +98,7 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
         array = arrays[name]
         stored: Any = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
         dtype = np.dtype(stored.dtype)
-        if dtype.kind == "V":  # such as bfloat16, stored as unsigned integers
+        if _is_extension(dtype):
             dtype = np.dtype(f"u{dtype.itemsize}")
         if array.shape != stored.shape or array.dtype != dtype:
             raise CheckpointError(
@@ -181,6 +187,7 @@ def load_fit(
 
     Raises:
       CheckpointError: every checkpoint is damaged, or the newest has other shapes or dtypes.
+      NotADirectoryError: the path is that of a file.
       TypeError: params or optimizer do not fit, as in `init_state`.
 
     Warns:

@@ -116,7 +116,7 @@ def shard_rows(function: Callable[[Any, Any], Tree], shared: Any, rows: Any) -> 
 
 
 def explicit_axes(sharding: NamedSharding) -> tuple[Any, ...]:
-    """The explicit axes of a mesh; others may be those of a `shard_map` around."""
+    """The explicit axes of a mesh; the others may belong to an enclosing `shard_map`."""
     mesh = sharding.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)

@@ -59,6 +59,11 @@ def start_stream(params: Params, h_0: Array, influence: Influence) -> Stream:
 
     Raises:
       TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+
+    >>> import jax, jaxrnn
+    >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
+    >>> start_stream(params, jnp.zeros(5), full).influence.shape  # (H, I + H + 1, H)
+    (5, 9, 5)
     """
     check_params(params)
     _check_influence(influence)
@@ -85,7 +90,7 @@ def check_stream(params: Params, stream: Any, influence: Influence) -> None:
     checks.check_float_array("stream.h", stream.h)
     expected = jax.eval_shape(partial(start_stream, influence=influence), params, stream.h)
     got = jax.eval_shape(lambda stream: stream, stream)
-    # Without the shardings, which are part of explicit types.
+    # Dtypes and shapes: explicit types also hold shardings.
     expected, got = (
         jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
         for tree in (expected, got)
@@ -125,14 +130,14 @@ def stream_gradient(
       key: a key for `rank_one`, another for each call; the others do not use it.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
-      loss: g and its loss, the mean over the steps of this batch that count.
+      loss: Loss, the mean over the steps of this batch that count.
 
     Returns:
       (L, stream), grads: a scalar in float32 at least, the stream after these steps, and Params.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument, and
-        calls the state of the stream h_0.
+      TypeError, ValueError: a dtype or shape does not fit; the message names the argument;
+        stream.h is called h_0.
 
     >>> import jax, jaxrnn
     >>> from jaxrnn.streams import full

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-Network: TypeAlias = tuple[Array, tuple[Array | None, Array | None]]
+LoopNetwork: TypeAlias = tuple[Array, tuple[Array | None, Array | None]]
 """W_h, and the numbers of each unit: b_h and alpha, or None."""
 
 Run: TypeAlias = Callable[[Any, Array, Any], tuple[Array, Any]]
@@ -35,7 +35,7 @@ MOST_STEPS = 4096
 def with_flat_batch(run: Run) -> Run:
     """`run` of (N, B, H) for any batch axes and under any `vmap`."""
 
-    def run_any(network: Network, carry: Array, inputs: Any) -> tuple[Array, Any]:
+    def run_any(network: LoopNetwork, carry: Array, inputs: Any) -> tuple[Array, Any]:
         (W_h, units), (*batch, H) = network, carry.shape
         B = math.prod(batch)
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x.reshape(-1), (H,))[None, None], units)
@@ -52,7 +52,7 @@ def vmappable(run: Run) -> Run:
     call = custom_vmap(run)
 
     def rule(
-        size: int, batched: Any, network: Network, carry: Array, inputs: Any
+        size: int, batched: Any, network: LoopNetwork, carry: Array, inputs: Any
     ) -> tuple[Any, Any]:
         axis = 0 if any(jax.tree.leaves(batched[0])) else 1  # of (N, B, H)
 
@@ -85,10 +85,10 @@ def padded(x: Array, *sizes: int) -> Array:
 def with_whole_tiles(run: Run) -> Run:
     """`run` of whole tiles for any B and H, with flags as int32.
 
-    Units and sequences that are not there reach no others: their row and column of W_h are zero.
+    Padding does not affect the others: its rows and columns of W_h are zero.
     """
 
-    def run_any(network: Network, carry: Array, inputs: Any) -> tuple[Array, Any]:
+    def run_any(network: LoopNetwork, carry: Array, inputs: Any) -> tuple[Array, Any]:
         (W_h, units), (_, B, H) = network, carry.shape
         rows, width = -(-B // SEQUENCES) * SEQUENCES, max(16, 1 << (H - 1).bit_length())
 
@@ -107,7 +107,7 @@ def with_whole_tiles(run: Run) -> Run:
 def in_pieces(run: Run, *, reverse: bool) -> Run:
     """`run` of at most 8,191 steps, of arrays with at most 2**31 numbers, for any T."""
 
-    def run_any(network: Network, carry: Array, inputs: Any) -> tuple[Array, Any]:
+    def run_any(network: LoopNetwork, carry: Array, inputs: Any) -> tuple[Array, Any]:
         T = len(inputs[0])
         K = max(1, min(MOST_STEPS, 2**30 // carry.size))
         if T < 2 * K:

@@ -50,7 +50,7 @@ class Fit(NamedTuple):
 
     Attributes:
       state: TrainState after the last update.
-      best: the parameters after the epoch of least `valid_loss`, the initial ones if all are NaN.
+      best: the parameters of the epoch of least `valid_loss`, the initial ones if none is finite.
       history: an Evaluation for each epoch.
       converged: True if patience ended training; False if training ended for another reason.
     """
@@ -87,8 +87,8 @@ def fit(
     `fit` with the same arguments, and gets the same result.
 
     Args:
-      key: a key from `jax.random.key`, which shuffles the examples of a Batch in each epoch; of no
-        effect on batches.
+      key: a key from `jax.random.key`, which shuffles the examples of a Batch in each epoch;
+        batches are not shuffled.
       params: the initial parameters, any pytree of floating-point arrays.
       train: a Batch of examples along axis 1, shuffled into minibatches each epoch, with one
         compiled call per epoch; or batches, taken in order each epoch.
@@ -225,8 +225,8 @@ def _check_settings(
     checks.check_number("tolerance", tolerance)
     if callback is not None:
         checks.check_function("callback", callback)
-    if not math.isfinite(tolerance):
-        raise ValueError(f"tolerance: expected a finite number, got {tolerance}")
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance: expected at least 0 and finite, got {tolerance}")
 
 
 def _check_data(train: Any, valid: Any, batch_size: Any, h_0: Any, max_epochs: int) -> None:

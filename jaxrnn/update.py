@@ -115,7 +115,7 @@ class Diverged(ArithmeticError):
 def init_state(
     params: PyTree, optimizer: Optimizer, h: PyTree = None, *, key: Array | None = None
 ) -> TrainState:
-    """The state before the first update. It is a copy, because an update donates its state.
+    """The state before the first update. Arrays are copied, because an update donates its state.
 
     Args:
       params: the initial parameters, any pytree of floating-point arrays.
@@ -176,7 +176,7 @@ def _is_optax(optimizer: Any) -> bool:
 def _apply(
     optimizer: Any, params: PyTree, grads: PyTree, opt_state: Any, **extra: Any
 ) -> tuple[PyTree, Any]:
-    """The new parameters and optimiser state. `extra` goes to those optimisers that want it."""
+    """The new parameters and optimiser state. The optimiser gets what it takes of `extra`."""
     if isinstance(optimizer, optax.MultiSteps):
         optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     if _is_optax(optimizer):

@@ -17,7 +17,7 @@ from jaxrnn.params import Params, check_params
 def check_values(
     params: PyTree, batch: Batch, h_0: PyTree = None, *, activation: Activation | None = None
 ) -> None:
-    """Checks on the host what only values show. Call it once on data, before any `jit`.
+    """Checks values on the host. Call it once on data, before any `jit`.
 
     JAX clamps an index past the end, a wrong label gives a finite, wrong gradient, and 64-bit
     numbers become 32-bit ones, all silently. Steps that the mask excludes are not checked. If
@@ -113,7 +113,7 @@ def _check_weights(weights: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> No
 
 
 def _check_functions(activation: Activation) -> None:
-    """f is elementwise, and df(f(z)) is f'(z), on a grid that has no integers."""
+    """f is elementwise, and df(f(z)) is f'(z), on a grid without integers, where kinks may be."""
     check_activation(activation, jnp.float32)
     zs = jnp.linspace(-5.03, 5.02, 256)
     together, alone = (np.asarray(f(zs)) for f in (activation.f, jax.vmap(activation.f)))

@@ -116,6 +116,40 @@ def test_activations_and_losses_can_be_pickled(name):
     assert pickle.loads(pickle.dumps(bound)).keywords == bound.keywords
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("changed", ["activation", "loss"])
+def test_a_value_that_changes_in_an_object_gets_its_gradient_after_an_eager_call(changed):
+    class Scale:
+        scale = 1.0
+
+        def f(self, z):
+            return jnp.tanh(self.scale * z)
+
+        def value(self, y, target):
+            return self.scale * jaxrnn.cross_entropy.value(y, target)
+
+        def error(self, y, target):
+            return self.scale * jaxrnn.cross_entropy.error(y, target)
+
+    kept, params = Scale(), jaxrnn.init(jax.random.key(0), 3, 4, 2, dtype=jnp.float64)
+    batch = Batch(jnp.ones((8, 2, 3)), jnp.zeros((8, 2), int), weights=jnp.ones((8, 2)))
+    options = {"activation": Activation(kept.f)}
+    if changed == "loss":
+        options = {"loss": jaxrnn.cross_entropy._replace(value=kept.value, error=kept.error)}
+
+    def value(function, scale, **more):
+        kept.scale = scale
+        return function(params, batch, **options, **more)[0]
+
+    functions = [plain_loss, jaxrnn.sequence_loss]
+    functions.append(lambda *a, **k: jaxrnn.bptt(*a, **k, checkpoint_every=2)[0])
+    found = []
+    for function in functions:
+        value(function, 1.0)
+        found.append(jax.grad(partial(value, function))(1.3).item())
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-12)
+
+
 class Leaky:
     """A function that cannot be hashed."""
 

@@ -32,6 +32,26 @@ def test_the_current_folder(tmp_path, monkeypatch):
     assert checkpoints.newest("").step == 7
 
 
+def test_a_file_that_a_writer_removes_while_it_is_looked_for_is_not_damaged(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path, 1, ARRAYS)
+    load = checkpoints.load
+
+    def load_late(path):
+        monkeypatch.setattr(checkpoints, "load", load)
+        checkpoints.save(tmp_path, 2, ARRAYS, keep=1)
+        return load(path)
+
+    monkeypatch.setattr(checkpoints, "load", load_late)
+    assert checkpoints.newest(tmp_path).step == 2
+
+
+def test_the_path_of_a_file_is_no_folder(tmp_path):
+    file = tmp_path / "run"
+    file.touch()
+    with pytest.raises(NotADirectoryError, match="run"):
+        checkpoints.newest(file)
+
+
 def test_save_keeps_the_newest_and_removes_later_steps(tmp_path):
     for step in (0, 10, 9, 100):
         checkpoints.save(tmp_path, step, ARRAYS, keep=3)

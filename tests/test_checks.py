@@ -113,6 +113,10 @@ WRONG = {
     "readout of a dict": (
         lambda: jaxrnn.readout({}, zeros(T, H)), TypeError, r"params.W_y: .* an array, got NoneType"
     ),
+    "W_h_init of complex numbers": (
+        init(W_h_init=lambda key, shape, dtype: jnp.eye(5) * 1j),
+        TypeError, r"W_h_init.*: expected a floating-point dtype, got complex64",
+    ),
     "W_h_init of number": (init(W_h_init=0.9), TypeError, r"W_h_init: expected a function"),
     "pad of an array": (lambda: jaxrnn.pad(XS), TypeError, r"sequences: expected a list of B"),
     "pad of a Batch": (lambda: jaxrnn.pad(BATCH), TypeError, r"sequences: .* list .* got Batch"),

@@ -283,3 +283,16 @@ def test_a_damping_of_another_dtype_keeps_that_of_the_parameters():
     for leaf, before in zip(got, params, strict=True):
         assert leaf.dtype == jnp.bfloat16
         np.testing.assert_array_equal(leaf, jnp.bfloat16(1.5) * before)
+
+
+def test_numpy_parameters_in_float64_take_the_direction_of_bptt():
+    """Without x64 both are float32."""
+    rng = np.random.default_rng(0)
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    batch = Batch(rng.normal(size=(5, 2, 3)).astype(np.float32), rng.integers(0, 2, (5, 2)))
+    grads = jaxrnn.bptt(params, batch)[1]
+    with pytest.warns(UserWarning, match="float64"):
+        found = jaxrnn.gauss_newton_product(wide, batch, grads)
+    expected = jaxrnn.gauss_newton_product(params, batch, grads)
+    assert max(jax.tree.leaves(relative_errors(found, expected))) < 1e-5

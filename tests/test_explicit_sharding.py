@@ -36,6 +36,14 @@ def test_an_explicit_mesh_gives_the_same_value_and_gradient():
         assert max(relative_errors(loss(params, split), expected)) <= 1e-5
 
 
+def test_only_the_first_axis_of_a_mesh_splits_the_batch():
+    mesh = jax.make_mesh((2, 4), ("batch", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    batch = Batch(jax.random.normal(jax.random.key(1), (7, 8, 3)), jnp.zeros((7, 8), int))
+    got = jax.jit(jaxrnn.data_parallel(jaxrnn.bptt, mesh))(params, batch)
+    assert max(relative_errors(got, jax.jit(jaxrnn.bptt)(params, batch))) <= 1e-5
+
+
 def with_explicit_sharding():
     """Calls of public functions: name -> function of (params, batch, h_0)."""
     options = {"leak": 0.5, "activation": jaxrnn.relu}

@@ -1,5 +1,7 @@
 """The arguments of `fit`: what it refuses before the first update, and what it takes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,3 +232,34 @@ def test_batches_of_an_iterable_are_checked_during_the_first_pass(name, params, 
     data[name] = Stream(GOOD, GOOD._replace(targets=2 + 0 * LABELS))
     with pytest.raises(ValueError, match=rf"(?s)^targets: .*The batch is {name}\[1\]"):
         jaxrnn.fit(jax.random.key(0), params, **data, optimizer=optax.sgd(0.1))
+
+
+def test_data_that_change_during_training_change_nothing(params):
+    """NumPy arrays of a Batch are read once."""
+
+    def run(callback):
+        train, valid = (jax.tree.map(np.array, GOOD) for _ in range(2))
+        return jaxrnn.fit(
+            jax.random.key(0), params, train, valid, optimizer=optax.sgd(0.1), max_epochs=3,
+            callback=lambda _: callback(train, valid),
+        ).history  # fmt: skip
+
+    def spoil(*batches):
+        for batch in batches:
+            batch.xs[:] = np.nan
+
+    assert run(spoil) == run(lambda *_: None)
+
+
+@pytest.mark.parametrize("weight", [1e36, 1e-3])
+def test_the_training_loss_does_not_depend_on_the_scale_of_the_weights(weight, params):
+    """The sum of large ones times the loss is infinite in float32; that of small ones is below 1."""
+    targets, weights = np.full((6, 8, 2), 30, np.float32), np.full((6, 8), weight, np.float32)
+    weighted = GOOD._replace(targets=targets, weights=weights)
+    expected = jaxrnn.sequence_loss(params, weighted, loss=jaxrnn.squared_error)[0].item()
+    for train in (weighted, [weighted] * 3):
+        result = jaxrnn.fit(
+            jax.random.key(0), params, train, optimizer=optax.sgd(0.0), max_epochs=1,
+            gradient_fn=partial(jaxrnn.bptt, loss=jaxrnn.squared_error),
+        )  # fmt: skip
+        assert result.history[0].train_loss == pytest.approx(expected, rel=1e-5)

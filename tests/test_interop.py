@@ -157,6 +157,14 @@ def test_torch_tensors_keep_their_dtype(dtype, requires_grad):
     np.testing.assert_array_equal(np.asarray(params.W_h, np.float32), expected)
 
 
+def test_weights_of_another_byte_order_are_converted():
+    weights = torch_weights()
+    swapped = [{name: np.asarray(x).astype(">f8") for name, x in part.items()} for part in weights]
+    with jax.enable_x64(True):
+        params = interop.from_torch(*swapped)
+        assert (params.W_h == weights[0]["weight_hh_l0"]).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_conversion_and_back_changes_no_bit(dtype):
     params = jaxrnn.init(jax.random.key(0), I, H, O, dtype=dtype)

@@ -1,11 +1,13 @@
 """Of two processes, or two runs, that want to write to one folder, the second is refused."""
 
+import dataclasses
 import re
 
 import pytest
 
-from experiments import locks, run_state
+from experiments import copy_memory, locks, run_state
 from experiments.cli import InputError
+from experiments.reports import Report
 from jaxrnn import checkpoints
 from tests.char_lm_runs import train
 from tests.test_cli import run_python
@@ -23,6 +25,16 @@ def test_a_run_whose_folder_is_in_use_is_refused_and_changes_nothing(text, tmp_p
             assert capsys.readouterr().err == f"{tmp_path}: {IN_USE}\n"
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     assert train(text, tmp_path, "--resume") == 0
+
+
+def test_an_experiment_whose_folder_is_in_use_is_refused(tmp_path):
+    config = copy_memory.Config(out=tmp_path)
+    first = Report(config)  # it has not written a line yet
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=IN_USE):
+            Report(dataclasses.replace(config, overwrite=overwrite))
+    first.log(updates=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"updates": 1}\n'
 
 
 def test_another_process_holds_the_lock_until_it_ends(tmp_path):

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.io
 
 import jaxrnn
 from experiments import music_data, polyphonic_music
+from experiments.cli import InputError
 from jaxrnn import Batch
 
 
@@ -24,6 +26,31 @@ def test_an_unreadable_music_file_is_named(content, why, tmp_path, capsys):
     flags = ["--smoke", "--out", str(tmp_path / "out"), "--data", str(path)]
     assert polyphonic_music.run(flags) == 2
     assert capsys.readouterr().err.startswith(f"{path}: expected {why}")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "why"),
+    [
+        ([(1, 0)], "valid pieces of two steps or more, got none"),
+        ([(3, 2)], "zeros and ones in the valid pieces, got others"),
+    ],
+)
+def test_pieces_that_cannot_be_predicted_are_named(pieces, why, tmp_path):
+    """Pieces of one step have no target; others beside them are kept."""
+    parts = {}
+    for part in ("train", "valid", "test"):
+        cells = np.empty((1, 2), object)
+        cells[0, 0], cells[0, 1] = np.ones((4, 88)), np.ones((1, 88))
+        parts[f"{part}data"] = cells
+    path = tmp_path / "music.mat"
+    scipy.io.savemat(path, parts)
+    assert [len(piece) for piece in music_data.read(path)["valid"]] == [4]
+    parts["validdata"] = np.empty((1, len(pieces)), object)
+    for n, (steps, value) in enumerate(pieces):
+        parts["validdata"][0, n] = np.full((steps, 88), value)
+    scipy.io.savemat(path, parts)
+    with pytest.raises(InputError, match=why):
+        music_data.read(path)
 
 
 def test_the_test_nll_is_that_of_the_best_epoch_or_nan():

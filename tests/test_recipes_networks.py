@@ -129,6 +129,11 @@ def test_dropout_multiplies_the_inputs_of_a_layer_or_the_state_that_the_recurren
         hs, expected = numpy_unroll(layers[0], xs[:, n], drop=np.asarray(each_step[0, n]))
         np.testing.assert_allclose(recurrent[:, n], expected, atol=1e-14)
         np.testing.assert_allclose(h_T[n], hs[-1], atol=1e-14)
+    reset = np.zeros((T, B), bool)
+    reset[2] = True
+    _, ys = jax.jit(dropout.unroll_with_dropout)(layers, xs, [shared, each_step], reset=reset)
+    _, after = dropout.unroll_with_dropout(layers, xs[2:], [shared, each_step[2:]])
+    np.testing.assert_allclose(ys[2:], after, atol=1e-14)
     drop = dropout.draw(jax.random.key(2), 0.25, (10_000,))
     assert set(np.unique(drop)) == {np.float32(0), np.float32(1 / 0.75)}
     assert float(drop.mean()) == pytest.approx(1, abs=0.03)

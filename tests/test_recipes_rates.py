@@ -26,7 +26,7 @@ AGREEMENT = 1e-12
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("activation", [jaxrnn.tanh, jaxrnn.softplus])
 def test_voltages_equal_the_scan_and_so_do_their_gradients(activation):
-    params, us = network(0, 3, 5), jnp.asarray(draw(1, 17, 3))
+    params, us = network(0, 3, 5), jnp.asarray(draw(1, 17, 2, 3))
 
     def value(voltages, params):
         vs = voltages(params, us, 0.3, activation)

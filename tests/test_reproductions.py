@@ -15,7 +15,7 @@ import pytest
 import jaxrnn
 from experiments import adding, cli, copy_memory, long_lag_tasks, run_state, temporal_order
 from experiments.regularizer import regularizer
-from experiments.reports import mean_and_spread
+from experiments.reports import Report, mean_and_spread
 from jaxrnn import Batch
 from tests.conftest import default_and_thorough
 
@@ -86,6 +86,12 @@ def test_only_overwrite_discards_a_run(finished, tmp_path, capsys, monkeypatch):
         "another --out leaves it as it is\n"
     )
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "{}"}
+    monkeypatch.setattr(Report, "finish", lambda *_: {})  # as of a run that is killed
+    (tmp_path / "figure.png").touch()
+    assert copy_memory.run([*flags, "--overwrite"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    monkeypatch.undo()
+    monkeypatch.setattr(copy_memory, "train", lambda *_: [(2, [0.5, 0.5]), (4, [0.4, 0.3])])
     assert copy_memory.run([*flags, "--overwrite"]) == 0
     assert "overwrite" not in json.loads((tmp_path / "summary.json").read_text())["settings"]
 

@@ -66,6 +66,15 @@ def test_W_h_is_sparse_and_has_the_spectral_radius(task):
 
 
 @pytest.mark.usefixtures("x64")
+def test_a_small_W_h_is_drawn_again_until_it_has_a_cycle():
+    radii = []
+    for key in jax.random.split(jax.random.key(0), 60):
+        W_h = echo_state.sparse(key, (10, 10), jnp.float64, radius=0.9)
+        radii.append(np.abs(np.linalg.eigvals(W_h)).max())
+    np.testing.assert_allclose(radii, 0.9, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
 def test_the_readout_is_least_squares_on_an_augmented_system():
     """Rows sqrt(ridge) I below the states penalise W_y, and a column of ones gives b_y."""
     rng = np.random.default_rng(0)

@@ -36,7 +36,7 @@ def test_any_state_goes_through_a_file(params, tmp_path):
     tree = {
         "state": jaxrnn.init_state(params, optax.adam(1e-2), h=jnp.ones((2, 5))),
         "half": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params),
-        "float8": jnp.ones(3, jnp.float8_e4m3fn),
+        "float8": [jnp.ones(3, jnp.float8_e4m3fn), jnp.ones(3, jnp.float8_e5m2)],
         "key": jax.random.key(7),
         "keys": jax.random.split(jax.random.key(7, impl="rbg"), 3),
         "noise": optax.add_noise(0.1, 0.5, jax.random.key(1)).init(params),

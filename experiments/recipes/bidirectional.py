@@ -17,7 +17,7 @@ from jaxrnn import Batch
 def both_directions(function, forward, backward, xs, mask):
     """The outputs of `hidden_states` or `unroll`, forward in time and backward."""
     _, forward_out = function(forward, xs, mask=mask)
-    _, backward_out = function(backward, xs[::-1], mask=mask[::-1])
+    _, backward_out = function(backward, xs[::-1], mask=None if mask is None else mask[::-1])
     return forward_out, backward_out[::-1]
 
 
@@ -34,7 +34,10 @@ def unroll_bidirectional(layers, xs, mask):
 
 
 def loss(layers, batch, h=None):
-    """(mean loss, None): no state is carried, as the backward direction reads the future."""
+    """(mean loss, None): no state is carried, as the backward direction reads the future.
+
+    It does not read `reset` and `drive`.
+    """
     return jaxrnn.mean_loss(unroll_bidirectional(layers, batch.xs, batch.mask), batch), None
 
 

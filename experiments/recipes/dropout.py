@@ -25,11 +25,11 @@ def draw(key, rate, shape, dtype=jnp.float32):
     return keep.astype(dtype) / (1 - rate)
 
 
-def unroll_with_dropout(layers, xs, drops, *, mask=None):
+def unroll_with_dropout(layers, xs, drops, *, mask=None, reset=None):
     """drops: a factor for the inputs of each layer, (T, *batch, I) or (*batch, I)."""
     for layer, drop in zip(layers[:-1], drops[:-1], strict=True):
-        _, xs = jaxrnn.hidden_states(layer, xs * drop, mask=mask)
-    return jaxrnn.unroll(layers[-1], xs * drops[-1], mask=mask)
+        _, xs = jaxrnn.hidden_states(layer, xs * drop, mask=mask, reset=reset)
+    return jaxrnn.unroll(layers[-1], xs * drops[-1], mask=mask, reset=reset)
 
 
 def unroll_with_recurrent_dropout(params, xs, h_0, drop):
@@ -38,13 +38,13 @@ def unroll_with_recurrent_dropout(params, xs, h_0, drop):
 
 
 def loss(layers, batch, h=None, *, key=None, rate=0.2):
-    """(mean loss, None): random with a key, deterministic without. No state is carried."""
+    """(mean loss, None): random with a key, deterministic without. It does not read `drive`."""
     drops = [1.0] * len(layers)
     if key is not None:
         keys = jax.random.split(key, len(layers))
-        sizes = [layer.W_x.shape[1] for layer in layers]
-        drops = [draw(k, rate, (batch.xs.shape[1], I)) for k, I in zip(keys, sizes, strict=True)]
-    _, ys = unroll_with_dropout(layers, batch.xs, drops, mask=batch.mask)
+        axes, sizes = batch.xs.shape[1:-1], [layer.W_x.shape[1] for layer in layers]
+        drops = [draw(k, rate, (*axes, I)) for k, I in zip(keys, sizes, strict=True)]
+    _, ys = unroll_with_dropout(layers, batch.xs, drops, mask=batch.mask, reset=batch.reset)
     return jaxrnn.mean_loss(ys, batch), None
 
 

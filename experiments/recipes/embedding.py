@@ -36,7 +36,7 @@ def unroll(params, tokens, h_0=None, *, mask=None, reset=None):
 
 
 def loss(params, batch, h_0=None):
-    """(mean loss, h_T)."""
+    """(mean loss, h_T). It does not read `drive`."""
     h_T, ys = unroll(params, batch.xs, h_0, mask=batch.mask, reset=batch.reset)
     return jaxrnn.mean_loss(ys, batch), h_T
 

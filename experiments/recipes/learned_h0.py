@@ -15,9 +15,9 @@ from jaxrnn import Batch
 
 
 def loss(theta, batch, h=None):
-    """theta is (Params, h_0 (H,)). Every sequence starts from h_0; the argument h is ignored."""
+    """theta is (Params, h_0 (H,)), xs (T, *batch, I). Each sequence starts from h_0, not from h."""
     params, h_0 = theta
-    h_0s = jnp.broadcast_to(h_0, (batch.xs.shape[1], *h_0.shape))
+    h_0s = jnp.broadcast_to(h_0, (*batch.xs.shape[1:-1], *h_0.shape))
     return jaxrnn.sequence_loss(params, batch, h_0s)
 
 

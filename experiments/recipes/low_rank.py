@@ -31,7 +31,7 @@ def to_params(theta):
 
 
 def unroll(theta, batch, kappa=None):
-    """kappa_T (*batch, R) and ys (T, *batch, O)."""
+    """kappa_T (*batch, R) and ys (T, *batch, O). It does not read `drive`."""
     m, n, steps = theta["m"], theta["n"], batch.xs.shape[:-1]
     mask = jnp.ones(steps, bool) if batch.mask is None else batch.mask
     reset = jnp.zeros(steps, bool) if batch.reset is None else batch.reset

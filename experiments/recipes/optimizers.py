@@ -1,4 +1,4 @@
-"""Optax optimisers: `make_update` and `fit` take any whose gradient has the parameters' structure.
+"""Optax optimisers: `make_update` and `fit` take any whose gradient is shaped like the parameters.
 
 `Params` is a NamedTuple, so a mask over the parameters is one too. An optimiser that asks for
 `value`, `grad` or `value_fn`, such as `optax.lbfgs` with its line search, gets them.

@@ -35,7 +35,7 @@ def unroll_stack(layers, xs, h_0s, *, mask=None, reset=None):
 
 
 def loss(layers, batch, h_0s=None):
-    """(mean loss, h_Ts): what training asks of a loss, for any pytree of parameters."""
+    """(mean loss, h_Ts), as training asks, for any pytree. It does not read `drive`."""
     h_0s = [None] * len(layers) if h_0s is None else h_0s
     h_Ts, ys = unroll_stack(layers, batch.xs, h_0s, mask=batch.mask, reset=batch.reset)
     return jaxrnn.mean_loss(ys, batch), h_Ts

@@ -46,11 +46,12 @@ def plain_voltages(params, us, alpha, activation=jaxrnn.tanh):
     """The equation as a scan."""
 
     def body(v, u):
-        current = params.W_h @ activation.f(v) + params.W_x @ u + params.b_h
+        current = activation.f(v) @ params.W_h.T + u @ params.W_x.T + params.b_h
         v = (1 - alpha) * v + alpha * current
         return v, v
 
-    return lax.scan(body, jnp.zeros_like(params.b_h), us)[1]
+    start = jnp.zeros((*us.shape[1:-1], len(params.b_h)), us.dtype)
+    return lax.scan(body, start, us)[1]
 
 
 def main() -> None:
