@@ -253,7 +253,7 @@ def test_data_that_change_during_training_change_nothing(params):
 
 @pytest.mark.parametrize("weight", [1e36, 1e-3])
 def test_the_training_loss_does_not_depend_on_the_scale_of_the_weights(weight, params):
-    """The sum of large ones times the loss is infinite in float32; that of small ones is below 1."""
+    """Large ones times the loss have no finite sum in float32; the sum of small ones is below 1."""
     targets, weights = np.full((6, 8, 2), 30, np.float32), np.full((6, 8), weight, np.float32)
     weighted = GOOD._replace(targets=targets, weights=weights)
     expected = jaxrnn.sequence_loss(params, weighted, loss=jaxrnn.squared_error)[0].item()
