@@ -89,7 +89,7 @@ def streams(ids: np.ndarray, batch_size: int) -> Batch:
     T = (len(ids) - 1) // batch_size
     used = T * batch_size
     xs, targets = ids[:used], ids[1 : used + 1]
-    batch = Batch(xs, targets)  # type: ignore[arg-type]
+    batch = Batch(xs, targets)
     return jax.tree.map(lambda leaf: leaf.reshape(batch_size, T).T, batch)
 
 

@@ -60,11 +60,13 @@ def plain_gauss_newton(params: Params, batch: Batch):
 
     def outputs(params):
         h_0 = jnp.zeros((batch.xs.shape[1], len(params.b_h)), params.b_h.dtype)
-        return lax.scan(lambda h, x: jaxrnn.step(params, h, x), h_0, batch.xs)[1]
+        return lax.scan(lambda h, x: jaxrnn.step(params, h, x), h_0, jnp.asarray(batch.xs))[1]
 
     ys, J = jax.linearize(outputs, params)
     J_transposed = jax.linear_transpose(J, params)
-    _, H_L = jax.linearize(lambda ys: jaxrnn.cross_entropy.error(ys, batch.targets), ys)
+    _, H_L = jax.linearize(
+        lambda ys: jaxrnn.cross_entropy.error(ys, jnp.asarray(batch.targets)), ys
+    )
     steps = ys.shape[0] * ys.shape[1]
     return lambda v: jax.tree.map(lambda leaf: leaf / steps, J_transposed(H_L(J(v)))[0])
 

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 from jaxrnn import Activation, Batch, Params
+from jaxrnn.batches import AnyArray
 
 Gradient = Callable[[Params, Batch], tuple[Any, Params]]
 """(params, batch) -> value, grads."""
@@ -51,7 +52,7 @@ def loss_name(batch: Batch) -> str:
     return "cross_entropy" if integer else "squared_error"
 
 
-def counted(steps: Array, batch: Batch) -> Array:
+def counted(steps: AnyArray, batch: Batch) -> AnyArray:
     """The steps that count: all, or the last alone."""
     return steps if batch.weights is None else steps[-1:]
 
@@ -62,11 +63,11 @@ def mean_loss(ys: Array, batch: Batch) -> Array:
     return loss.value(ys.astype(jnp.float32), counted(batch.targets, batch)).mean()
 
 
-def readout(params: Params, hs: Array) -> Array:
-    return hs @ params.W_y.T + params.b_y
+def readout(params: Params, hs: AnyArray) -> Array:
+    return jnp.asarray(hs) @ params.W_y.T + params.b_y
 
 
-def vectors(params: Params, xs: Array) -> Array:
+def vectors(params: Params, xs: AnyArray) -> AnyArray:
     """xs, or the one-hot vectors of tokens xs."""
     I = params.W_x.shape[1]
     return jax.nn.one_hot(xs, I, dtype=params.W_x.dtype) if xs.ndim == 2 else xs

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.batches import (
+    AnyArray,
     Batch,
     divide_by_count,
     scaled_weights,
@@ -199,7 +200,7 @@ def hidden_sums(
 def bptt(
     params: Params,
     batch: Batch,
-    h_0: Array | None = None,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
@@ -262,13 +263,9 @@ def bptt(
     count = step_weights(batch, dtype).sum()
 
     # On a GPU, a condition waits for the device; under vmap, one over a mesh fails.
-    can_skip = (
-        batch.weights is not None
-        and K < T
-        and jax.default_backend() == "cpu"
-        and explicit_sharding(h_0) is None
-        and not reads_traced_values(loss, params, batch)
-    )
+    can_skip = jax.default_backend() == "cpu" and explicit_sharding(h_0) is None
+    can_skip = can_skip and batch.weights is not None and K < T
+    can_skip = can_skip and not reads_traced_values(loss, params, batch)
     output = block_output_if_any if can_skip else block_output
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:

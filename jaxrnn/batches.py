@@ -1,15 +1,19 @@
 """Batch: input sequences, their targets, and which steps exist and count."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
 from jaxrnn import checks
 from jaxrnn.params import Params
 from jaxrnn.sharding import Tree, full_as
+
+AnyArray: TypeAlias = Array | np.ndarray
+"""An array of JAX, or of NumPy, which JAX converts."""
 
 
 class Batch(NamedTuple):
@@ -27,34 +31,35 @@ class Batch(NamedTuple):
       drive: (T, *batch, H) float, added to z_t: noise, a perturbation, an embedding.
     """
 
-    xs: Array
-    targets: Array
-    mask: Array | None = None
-    reset: Array | None = None
-    weights: Array | None = None
-    drive: Array | None = None
+    xs: AnyArray
+    targets: AnyArray
+    mask: AnyArray | None = None
+    reset: AnyArray | None = None
+    weights: AnyArray | None = None
+    drive: AnyArray | None = None
 
 
-def steps_shape(xs: Array) -> tuple[int, ...]:
+def steps_shape(xs: AnyArray) -> tuple[int, ...]:
     """(T, *batch) of an input sequence. Tokens have no feature axis."""
     return xs.shape if checks.is_integer(xs) else xs.shape[:-1]
 
 
-def per_step(flags: Array, xs: Array) -> Array:
+def per_step(flags: AnyArray, xs: AnyArray) -> Array:
     """flags (T, *batch) with trailing axes of size 1, so that they broadcast over xs."""
-    return flags.reshape(flags.shape + (1,) * (xs.ndim - flags.ndim))
+    return jnp.reshape(flags, flags.shape + (1,) * (xs.ndim - flags.ndim))
 
 
-def where_exists(mask: Array | None, xs: Array) -> Array:
+def where_exists(mask: AnyArray | None, xs: AnyArray) -> Array:
     """xs where the mask is True, else 0."""
+    xs = jnp.asarray(xs)  # 64-bit numbers of NumPy become 32-bit ones without a warning
     if mask is None:
         return xs
-    xs = jnp.asarray(xs)  # 64-bit numbers of NumPy become 32-bit ones without a warning
     return jnp.where(per_step(mask, xs), xs, jnp.zeros((), xs.dtype))
 
 
-def ones_per_step(xs: Array, dtype: DTypeLike) -> Array:
+def ones_per_step(xs: AnyArray, dtype: DTypeLike) -> Array:
     """Ones (T, *batch), split over devices as the inputs are."""
+    xs = jnp.asarray(xs)
     return full_as(xs if checks.is_integer(xs) else xs.any(axis=-1), 1, dtype)
 
 
@@ -63,7 +68,7 @@ def step_weights(batch: Batch, dtype: DTypeLike = jnp.float32) -> Array:
     if batch.weights is None:
         weights = ones_per_step(batch.xs, dtype)
     else:
-        weights = batch.weights.astype(dtype)
+        weights = jnp.asarray(batch.weights, dtype)
     return where_exists(batch.mask, weights)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, ones_per_step, per_step, steps_shape
+from jaxrnn.batches import AnyArray, Batch, ones_per_step, per_step, steps_shape
 from jaxrnn.params import Params
 from jaxrnn.sharding import Tree, full_as, match_varying_axes
 
@@ -129,8 +129,9 @@ def scan_blocks(
     return lax.scan(scan_body, carry, (np.arange(n), saved), reverse=reverse)
 
 
-def own_steps(xs: Array, last: Array | None) -> Array:
+def own_steps(xs: AnyArray, last: Array | None) -> Array:
     """x_t up to step `last`, then 0; all x_t if it is None."""
+    xs = jnp.asarray(xs)
     if last is None:
         return xs
     own = jnp.arange(len(xs)) <= last

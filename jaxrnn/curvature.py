@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.batches import Batch, divide_by_count, scaled_weights, step_weights
+from jaxrnn.batches import AnyArray, Batch, divide_by_count, scaled_weights, step_weights
 from jaxrnn.blocks import at_step, block_steps, near_divisor, scan_blocks
 from jaxrnn.linearization import (
     Network,
@@ -51,7 +51,7 @@ def check_direction(v: Any, params: Params) -> None:
 def gauss_newton(
     params: Params,
     batch: Batch,
-    h_0: Array | None = None,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
@@ -214,7 +214,7 @@ def gauss_newton_product(
     params: Params,
     batch: Batch,
     v: Params,
-    h_0: Array | None = None,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,

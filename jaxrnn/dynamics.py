@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.backward import block_flow, block_output, block_states
-from jaxrnn.batches import Batch, mean_weights
+from jaxrnn.batches import AnyArray, Batch, mean_weights
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.recurrence import initial_state
@@ -33,7 +33,7 @@ class Flow(NamedTuple):
 def gradient_flow(
     params: Params,
     batch: Batch,
-    h_0: Array | None = None,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,

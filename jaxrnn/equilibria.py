@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, tanh
-from jaxrnn.batches import check_input, features_message, steps_shape
+from jaxrnn.batches import AnyArray, check_input, features_message, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
@@ -50,8 +50,8 @@ class FixedPoints(NamedTuple):
 
 def fixed_points(
     params: Params,
-    h: Array,
-    x: Array,
+    h: AnyArray,
+    x: AnyArray,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
@@ -113,7 +113,7 @@ def fixed_points(
     checks.check_size("steps", steps)
     checks.check_positive("tolerance", tolerance)
     tolerance = float(tolerance)  # a number of NumPy is not cast to the dtype of the speed
-    h = h.astype(params.W_h.dtype)
+    h = jnp.asarray(h, params.W_h.dtype)
     z_x = jnp.broadcast_to(input_zs(params, x), h.shape)
 
     def search_all(network: Any, starts: Any) -> FixedPoints:

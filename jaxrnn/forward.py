@@ -6,12 +6,13 @@ autodiff derives from it.
 """
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, has_traced_values, tanh
-from jaxrnn.batches import Batch, check_sequence, check_step, where_exists
+from jaxrnn.batches import AnyArray, Batch, check_sequence, check_step, where_exists
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, readout
@@ -20,12 +21,12 @@ from jaxrnn.recurrence import Loop, hoisted_recur, initial_state, leaky, recur, 
 
 def step(
     params: Params,
-    h: Array,
-    x: Array,
+    h: AnyArray,
+    x: AnyArray,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
-    drive: Array | None = None,
+    drive: AnyArray | None = None,
 ) -> tuple[Array, Array]:
     """One step of the network (Elman 1990).
 
@@ -62,7 +63,7 @@ def step(
     check_activation(activation, params.W_h.dtype)
     check_leak(leak, params)
     check_step(params, h, x, drive)
-    h = h.astype(params.W_h.dtype)
+    h = jnp.asarray(h, params.W_h.dtype)
     z = input_zs(params, x, drive) + h @ params.W_h.T
     h = leaky(as_leak(params, leak), h, activation.f(z))
     return h, readout(params, h)
@@ -70,14 +71,14 @@ def step(
 
 def hidden_states(
     params: Params,
-    xs: Array,
-    h_0: Array | None = None,
+    xs: AnyArray,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
-    drive: Array | None = None,
-    mask: Array | None = None,
-    reset: Array | None = None,
+    drive: AnyArray | None = None,
+    mask: AnyArray | None = None,
+    reset: AnyArray | None = None,
     loop: Loop = scan,
 ) -> tuple[Array, Array]:
     """The hidden states of all steps.
@@ -130,14 +131,14 @@ def hidden_states(
 
 def unroll(
     params: Params,
-    xs: Array,
-    h_0: Array | None = None,
+    xs: AnyArray,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
-    drive: Array | None = None,
-    mask: Array | None = None,
-    reset: Array | None = None,
+    drive: AnyArray | None = None,
+    mask: AnyArray | None = None,
+    reset: AnyArray | None = None,
     loop: Loop = scan,
 ) -> tuple[Array, Array]:
     """The outputs of all steps, before g.
@@ -175,7 +176,7 @@ def unroll(
 def sequence_loss(
     params: Params,
     batch: Batch,
-    h_0: Array | None = None,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,

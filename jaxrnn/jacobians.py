@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, autodiff_f_prime, check_activation, tanh
-from jaxrnn.batches import check_sequence, check_step
+from jaxrnn.batches import AnyArray, check_sequence, check_step
 from jaxrnn.forward import hidden_states
 from jaxrnn.params import Params, as_leak, check_leak, check_params
 from jaxrnn.products import input_zs, per_unit
@@ -23,12 +23,12 @@ from jaxrnn.sharding import full_as, match_varying_axes, split_automatically
 
 def jacobian(
     params: Params,
-    h: Array,
-    x: Array,
+    h: AnyArray,
+    x: AnyArray,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
-    drive: Array | None = None,
+    drive: AnyArray | None = None,
 ) -> Array:
     """The derivative of the next state F(h, x) with respect to the state, dF/dh at any states h.
 
@@ -61,7 +61,7 @@ def jacobian(
     check_activation(activation, params.W_h.dtype)
     check_leak(leak, params)
     check_step(params, h, x, drive)
-    h = h.astype(params.W_h.dtype)
+    h = jnp.asarray(h, params.W_h.dtype)
     z_x = input_zs(params, x, drive)
     return state_jacobian(activation, params.W_h, z_x, h, as_leak(params, leak))
 
@@ -85,7 +85,7 @@ def check_factorised_dtype(params: Params) -> None:
         raise TypeError(f"params: expected float32 or float64, got {params.W_h.dtype}")
 
 
-def jacobian_products(Js: Array) -> Array:
+def jacobian_products(Js: AnyArray) -> Array:
     """How a perturbation of the state after step t reaches the last step: dh_T/dh_t.
 
         dh_T/dh_t = J_T J_{T-1} ... J_{t+1}        dh_T/dh_T = identity
@@ -110,6 +110,7 @@ def jacobian_products(Js: Array) -> Array:
     checks.check_float_array("Js", Js)
     if Js.ndim < 3 or Js.shape[-2] != Js.shape[-1]:
         raise ValueError(f"Js: expected shape (T, *batch, H, H), got {Js.shape}")
+    Js = jnp.asarray(Js)
 
     def body(product: Array, J: Array) -> tuple[Array, Array]:
         return product @ J, product
@@ -120,12 +121,12 @@ def jacobian_products(Js: Array) -> Array:
 
 def lyapunov_exponents(
     params: Params,
-    xs: Array,
-    h_0: Array | None = None,
+    xs: AnyArray,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
-    drive: Array | None = None,
+    drive: AnyArray | None = None,
 ) -> Array:
     """The mean growth per step, in nats, of perturbations of the state along a trajectory.
 

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxrnn import checks
 from jaxrnn.activations import check_activation, has_traced_values, identity, sigmoid
-from jaxrnn.batches import Batch, check_batch, mean_weights, steps_shape, where_exists
+from jaxrnn.batches import AnyArray, Batch, check_batch, mean_weights, steps_shape, where_exists
 from jaxrnn.params import Params, at_least_float32, check_leak, check_params
 
 
@@ -136,7 +136,7 @@ binary_cross_entropy = Loss(
 (*batch, O) in [0, 1]."""
 
 
-def mean_loss(ys: Array, batch: Batch, loss: Loss = cross_entropy) -> Array:
+def mean_loss(ys: AnyArray, batch: Batch, loss: Loss = cross_entropy) -> Array:
     """The mean loss over the steps that count.
 
         L = sum_t weights_t mask_t l(y_t, target_t) / sum_t weights_t mask_t

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.backward import bptt
-from jaxrnn.batches import Batch
+from jaxrnn.batches import AnyArray, Batch
 from jaxrnn.influence import Influence, diagonal, full, rank_one
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
 from jaxrnn.params import Params
@@ -23,7 +23,7 @@ from jaxrnn.streams import start_stream, stream_gradient
 def sequence_gradient(
     params: Params,
     batch: Batch,
-    h_0: Array | None,
+    h_0: AnyArray | None,
     influence: Influence,
     activation: Activation,
     leak: ArrayLike | None,
@@ -44,7 +44,7 @@ def sequence_gradient(
 def rtrl(
     params: Params,
     batch: Batch,
-    h_0: Array | None = None,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
@@ -78,7 +78,7 @@ def rtrl(
 def snap1(
     params: Params,
     batch: Batch,
-    h_0: Array | None = None,
+    h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
     leak: ArrayLike | None = None,
@@ -109,7 +109,7 @@ def snap1(
 def uoro(
     params: Params,
     batch: Batch,
-    h_0: Array | None = None,
+    h_0: AnyArray | None = None,
     *,
     key: Array | None = None,
     activation: Activation = tanh,

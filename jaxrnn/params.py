@@ -89,8 +89,12 @@ def as_leak(params: Params, leak: ArrayLike | None) -> Array | None:
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of sums over time: the given one if it has at least 32 bits, else float32."""
-    return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    """The dtype of sums over time: the given one if it has at least 32 bits, else float32.
+
+    Without x64, float64 is float32.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def scaled_identity(scale: float = 1.0) -> Initializer:

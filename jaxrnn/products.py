@@ -9,23 +9,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrnn import checks
-from jaxrnn.batches import where_exists
+from jaxrnn.batches import AnyArray, where_exists
 from jaxrnn.params import Params, at_least_float32
 from jaxrnn.sharding import explicit_sharding
 
 
-def input_product(params: Params, xs: Array) -> Array:
+def input_product(params: Params, xs: AnyArray) -> Array:
     """W_x x, for one step or for all at once. A token x selects a column of W_x."""
     if checks.is_integer(xs):
-        return select_rows(params.W_x.T, xs)
-    return xs.astype(params.W_x.dtype) @ params.W_x.T
+        return select_rows(params.W_x.T, jnp.asarray(xs))
+    return jnp.asarray(xs, params.W_x.dtype) @ params.W_x.T
 
 
 def input_zs(
     params: Params,
-    xs: Array,
-    drive: Array | None = None,
-    mask: Array | None = None,
+    xs: AnyArray,
+    drive: AnyArray | None = None,
+    mask: AnyArray | None = None,
     *,
     bias: bool = True,
 ) -> Array:
@@ -35,7 +35,7 @@ def input_zs(
     return zs_x if drive is None else zs_x + where_exists(mask, drive.astype(zs_x.dtype))
 
 
-def readout(params: Params, hs: Array) -> Array:
+def readout(params: Params, hs: AnyArray) -> Array:
     """The outputs before g, for one step or for all at once.
 
         y_t = W_y h_t + b_y

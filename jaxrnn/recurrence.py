@@ -26,7 +26,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn.activations import Activation, autodiff_f_prime
-from jaxrnn.batches import per_step, steps_shape, where_exists
+from jaxrnn.batches import AnyArray, per_step, steps_shape, where_exists
 from jaxrnn.params import Params
 from jaxrnn.products import (
     LoopMatrix,
@@ -72,12 +72,12 @@ def scan(
     return lax.scan(body, carry, inputs, reverse=reverse, unroll=scan_unroll())
 
 
-def hold(mask: Array | None, h_new: Array, h: Array) -> Array:
+def hold(mask: AnyArray | None, h_new: Array, h: Array) -> Array:
     """h_new where the step exists, else h."""
     return h_new if mask is None else jnp.where(per_step(mask, h), h_new, h)
 
 
-def unless_reset(reset: Array | None, h: Array) -> Array:
+def unless_reset(reset: AnyArray | None, h: Array) -> Array:
     """h, or zeros where a reset comes before the step that reads it."""
     return h if reset is None else jnp.where(per_step(reset, h), jnp.zeros((), h.dtype), h)
 
@@ -95,13 +95,13 @@ def leaky(leak: Array | None, h: Array, f_z: Array) -> Array:
     return (1 - leak) * h + leak * f_z
 
 
-def previous(hs: Array, h_0: Array, mask: Array | None, reset: Array | None) -> Array:
+def previous(hs: Array, h_0: Array, mask: AnyArray | None, reset: AnyArray | None) -> Array:
     """h_{t-1} as step t reads it, zeros after a reset and where step t does not exist."""
     shifted = jnp.concatenate([h_0[None], hs[:-1]])[: hs.shape[0]]
     return where_exists(mask, unless_reset(reset, shifted))
 
 
-def initial_state(params: Params, xs: Array, h_0: Array | None, others: Any) -> Array:
+def initial_state(params: Params, xs: AnyArray, h_0: AnyArray | None, others: Any) -> Array:
     """h_0 in the parameters' dtype, zeros if None; split over devices as the inputs are.
 
     Inside `shard_map` it varies over devices as the parameters and `others`, a pytree, do.
@@ -109,7 +109,7 @@ def initial_state(params: Params, xs: Array, h_0: Array | None, others: Any) -> 
     shape = (*steps_shape(xs)[1:], params.W_h.shape[0])
     unread = full_as(jnp.asarray(xs), 0)  # the values of xs may be NaN where the mask is False
     z_x = input_product(params, unread[0]) if xs.shape[0] else jnp.zeros(shape)
-    h_0 = full_as(z_x, 0) if h_0 is None else split_as(z_x, h_0)
+    h_0 = full_as(z_x, 0) if h_0 is None else split_as(z_x, jnp.asarray(h_0))
     h_0 = h_0.astype(params.W_h.dtype)
     return match_varying_axes(h_0, (params, others))
 
@@ -120,8 +120,8 @@ def recur(
     zs_x: Array,
     h_0: Array,
     leak: Array | None,
-    mask: Array | None,
-    reset: Array | None,
+    mask: AnyArray | None,
+    reset: AnyArray | None,
     loop: Loop = scan,
     b_h: Array | None = None,
 ) -> tuple[Array, Array | None]:
@@ -163,8 +163,8 @@ def reverse_scan(
     dhs_y: Array,
     f_primes: Array,
     leak: Array | None,
-    mask: Array | None,
-    reset: Array | None,
+    mask: AnyArray | None,
+    reset: AnyArray | None,
     loop: Loop = scan,
 ) -> tuple[Array, tuple[Array, Array]]:
     """The reverse loop: dh_t and dz_t of each step.
@@ -204,8 +204,8 @@ def tangent_scan(
     f_primes: Array,
     leaks_dot: Array | None,
     leak: Array | None,
-    mask: Array | None,
-    reset: Array | None,
+    mask: AnyArray | None,
+    reset: AnyArray | None,
 ) -> Array:
     """The forward loop of the tangents: h_dot_t of each step, (T, *batch, H).
 
@@ -255,8 +255,8 @@ def hoisted_recur(
     zs_x: Array,
     h_0: Array,
     leak: Array | None,
-    mask: Array | None,
-    reset: Array | None,
+    mask: AnyArray | None,
+    reset: AnyArray | None,
 ) -> Array:
     """The states of `recur`, with a rule that takes the weight gradient out of the loop."""
     return recur(activation, W_h, zs_x, h_0, leak, mask, reset, loop)[0]

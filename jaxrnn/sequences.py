@@ -9,11 +9,11 @@ import numpy as np
 from jax import Array, export
 
 from jaxrnn import checks
-from jaxrnn.batches import Batch, check_batch, check_flags, check_is_batch, steps_shape
+from jaxrnn.batches import AnyArray, Batch, check_batch, check_flags, check_is_batch, steps_shape
 from jaxrnn.sharding import gathered
 
 
-def mask_from_lengths(lengths: Array, T: int) -> Array:
+def mask_from_lengths(lengths: Sequence[int] | AnyArray, T: int) -> Array:
     """mask[t, *b] = t < lengths[*b].
 
     Args:
@@ -30,13 +30,13 @@ def mask_from_lengths(lengths: Array, T: int) -> Array:
     >>> mask_from_lengths(jnp.array([2, 0]), 3).astype(int).tolist()
     [[1, 0], [1, 0], [0, 0]]
     """
+    lengths = lengths if isinstance(lengths, Array) else np.asarray(lengths)
     _check_lengths(lengths, T)
     steps = jnp.arange(T).reshape(T, *(1 for _ in lengths.shape))
     return steps < lengths[None].astype(jnp.int32)
 
 
-def _check_lengths(lengths: Any, T: Any) -> None:
-    checks.check_array("lengths", lengths)
+def _check_lengths(lengths: AnyArray, T: Any) -> None:
     if not checks.is_integer(lengths):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if export.is_symbolic_dim(T):
@@ -139,7 +139,7 @@ def pad(sequences: Sequence[Batch]) -> Batch:
     return padded._replace(mask=stack_padded(*masks))
 
 
-def unpad(padded: Any, lengths: Sequence[int]) -> list[Any]:
+def unpad(padded: Any, lengths: Sequence[int] | AnyArray) -> list[Any]:
     """The inverse of `pad`, for a Batch, hs or ys.
 
     Args:
@@ -171,7 +171,7 @@ def unpad(padded: Any, lengths: Sequence[int]) -> list[Any]:
     ]
 
 
-def buckets(lengths: Sequence[int], *, padding: float = 0.1) -> list[np.ndarray]:
+def buckets(lengths: Sequence[int] | AnyArray, *, padding: float = 0.1) -> list[np.ndarray]:
     """Groups sequences of similar length, so that little of each padded batch is padding.
 
     Sequences are taken from the longest to the shortest. A bucket is full when the next sequence

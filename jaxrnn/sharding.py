@@ -25,7 +25,7 @@ def replicated(x: Array) -> NamedSharding | None:
     return None if sharding is None else NamedSharding(sharding.mesh, P())
 
 
-def parts(x: Array, axis: int) -> int:
+def parts(x: Any, axis: int) -> int:
     """How many parts an axis of x is split into if mesh axes are explicit, else 1."""
     sharding = explicit_sharding(x)
     return 1 if sharding is None else x.shape[axis] // sharding.shard_shape(x.shape)[axis]

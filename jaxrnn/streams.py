@@ -12,6 +12,7 @@ from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.backward import block_output
 from jaxrnn.batches import (
+    AnyArray,
     Batch,
     divide_by_count,
     per_step,
@@ -46,7 +47,7 @@ class Stream(NamedTuple):
     influence: Any
 
 
-def start_stream(params: Params, h_0: Array, influence: Influence) -> Stream:
+def start_stream(params: Params, h_0: AnyArray, influence: Influence) -> Stream:
     """The stream before its first step: J_0 = 0, because h_0 does not depend on the parameters.
 
     Args:

@@ -189,7 +189,7 @@ WRONG = {
         lambda: jaxrnn.mask_from_lengths(zeros(B), T), TypeError, r"lengths: .*got float32"
     ),
     "lengths of list": (
-        lambda: jaxrnn.mask_from_lengths([1], T), TypeError, r"lengths: .*array, got list"
+        lambda: jaxrnn.mask_from_lengths([1.0], T), TypeError, r"lengths: .*integers, got float64"
     ),
     "windows of 0": (lambda: list(jaxrnn.windows(BATCH, 0)), ValueError, r"length: .*1, got 0"),
     "optimizer None": (
