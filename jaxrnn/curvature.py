@@ -31,6 +31,8 @@ from jaxrnn.params import Params, as_leak, at_least_float32
 from jaxrnn.recurrence import initial_state
 from jaxrnn.sharding import full_as, match_varying_axes
 
+__all__ = ["Product", "damped", "gauss_newton", "gauss_newton_product"]
+
 Product: TypeAlias = Callable[..., Params]
 """v -> G v; with structural=c, G v + c S v."""
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from jaxrnn.params import Params, check_params
 
+__all__ = ["from_flax", "from_torch", "load_safetensors", "save_safetensors", "to_flax", "to_torch"]
+
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 Weights: TypeAlias = Mapping[str, Any]
 """name -> NumPy array, JAX array or torch tensor."""

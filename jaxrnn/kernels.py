@@ -41,6 +41,8 @@ from jaxrnn.recurrence import scan
 from jaxrnn.sharding import explicit_sharding
 from jaxrnn.tiles import SEQUENCES, LoopNetwork, in_pieces, with_flat_batch, with_whole_tiles
 
+__all__ = ["loop"]
+
 Step: TypeAlias = Callable[..., tuple[Any, Any]]
 
 LARGEST_H = {"float32": 128, "bfloat16": 256}

@@ -19,6 +19,8 @@ from jaxrnn.params import Params
 from jaxrnn.recurrence import initial_state
 from jaxrnn.streams import start_stream, stream_gradient
 
+__all__ = ["rtrl", "snap1", "uoro"]
+
 
 def sequence_gradient(
     params: Params,

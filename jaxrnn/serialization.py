@@ -18,6 +18,8 @@ from jaxrnn.gradients import PyTree
 from jaxrnn.training import Evaluation, Fit
 from jaxrnn.update import Optimizer, init_state
 
+__all__ = ["from_arrays", "load_fit", "save_fit", "to_arrays"]
+
 
 def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
