@@ -270,3 +270,22 @@ def test_each_cell_is_one_result_of_the_summary_that_its_command_wrote(name):
         if name not in ("out", "overwrite", "resume")
     }
     assert json.loads(json.dumps(wanted)) == summary["settings"]
+
+
+def test_figures_in_words_are_those_of_the_summaries():
+    def figures(name):
+        return json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["figures"]
+
+    found, prose = figures("small_loops"), " ".join(README.split())
+    most, beside = found["at_most"], found["beside_scan"]
+    single, double = beside["float32"], beside["float64"]
+    speeds = figures("parallel_in_time")["speeds"]
+    for claim in (
+        f"`bptt` is {single['geometric_mean']:.2f} times as fast as the plain scan in float32",
+        f"(least {single['least']:.2f}), and {double['geometric_mean']:.2f} times in float64 "
+        f"({double['least']:.2f})",
+        f"up to {most['plain scan']} times as fast and `bptt` up to {most['bptt']} times",
+        f"{speeds['full']:.3f} times as fast as `hidden_states` with the full Jacobian, "
+        f"{speeds['diagonal']:.3f} times with the diagonal",
+    ):
+        assert claim in prose
