@@ -114,7 +114,8 @@ def check(of: Class, config: Config) -> dict[str, Any]:
     """The errors of the kernel and of the scan against float64.
 
     Raises:
-      AssertionError: that of the kernel is more than four times that of the scan.
+      AssertionError: that of the kernel is more than four times that of the scan, or NaN in an
+        input reaches other states.
     """
     params, batch, leak = make_case(of, config.T)
     activation = getattr(jaxrnn, of.activation)
@@ -123,9 +124,8 @@ def check(of: Class, config: Config) -> dict[str, Any]:
         return jaxrnn.bptt(params, batch, activation=activation, leak=leak, loop=loop)
 
     loop = partial(kernels.loop, interpret=config.interpret)
-    by_kernel, by_scan = (
-        jax.jit(partial(gradient, loop=f))(params, batch, leak) for f in (loop, scan)
-    )
+    calls = [jax.jit(partial(gradient, loop=f)) for f in (loop, scan)]
+    by_kernel, by_scan = (call(params, batch, leak) for call in calls)
     with jax.enable_x64(True):
         precise = jax.tree.map(
             lambda x: x.astype(jnp.float64) if x.dtype == of.dtype else x, (params, batch, leak)
@@ -134,6 +134,10 @@ def check(of: Class, config: Config) -> dict[str, Any]:
     errors = {"error": error(by_kernel, exact), "scan_error": error(by_scan, exact)}
     if not errors["error"] <= 4 * errors["scan_error"] + 1e-6:
         raise AssertionError(f"{of}: the kernel's error is {errors}")
+    spoilt = batch._replace(xs=jnp.asarray(batch.xs).at[0, 0].set(jnp.nan))
+    (_, h_T), (_, expected) = (call(params, spoilt, leak)[0] for call in calls)
+    if not np.array_equal(np.isnan(h_T), np.isnan(expected)):
+        raise AssertionError(f"{of}: NaN in an input reaches other states than by the scan")
     return {"kind": "check", **of._asdict(), **errors}
 
 

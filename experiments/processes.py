@@ -9,10 +9,12 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +89,23 @@ def worker_streams() -> Iterator[None]:
     yield
 
 
+def wait_for(coordinator: str, seconds: float = 300) -> None:
+    """Waits until process 0 listens, because JAX ends a process that does not reach it.
+
+    Raises:
+      InputError: it does not listen in time.
+    """
+    host, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, OverflowError, ValueError) as error:
+            if time.monotonic() > until:
+                raise InputError(f"--coordinator: expected {coordinator}, got: {error}") from None
+        time.sleep(0.2)
+
+
 def connect(coordinator: str | None, processes: int, process: int, devices: int) -> None:
     """Joins the processes of a run. Without a coordinator, JAX finds them from the cluster.
 
@@ -96,6 +115,8 @@ def connect(coordinator: str | None, processes: int, process: int, devices: int)
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     given = coordinator is not None
+    if coordinator and process:
+        wait_for(coordinator)
     try:
         jax.distributed.initialize(
             coordinator,

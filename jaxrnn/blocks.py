@@ -65,8 +65,8 @@ def near_divisor(T: int, K: int) -> int:
     >>> near_divisor(1000, 32), near_divisor(61, 15), near_divisor(5, 10**12)
     (40, 16, 5)
     """
-    if not isinstance(T, int):
-        return T  # a symbol of jax.export
+    if not isinstance(T, int) or T == 0:
+        return T  # a symbol of jax.export, or no step
     K = min(K, T)
 
     def cost(k: int) -> tuple[bool, float]:

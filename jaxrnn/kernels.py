@@ -18,13 +18,16 @@ Where the scan runs, `bptt` on a GPU still takes one block of all steps, so leav
 default for such networks.
 
 The kernel is written in Pallas for its Triton backend, which needs an NVIDIA GPU of compute
-capability 8.0 or later; JAX 0.11 and later warn that they will drop it. The kernel is tested in
-Pallas's interpreter and lowered for CUDA. It is not timed on a GPU, so the scan is the
-default; `experiments/kernel_check.py` checks and times it on one. `jax.export` writes it for one
-platform alone, with a check disabled:
+capability 8.0 or later, and for H above 128 in bfloat16 one with 136 KiB of shared memory for a
+block, such as an A100 or H100; JAX 0.11 and later warn that they will drop it. The kernel is tested
+in Pallas's interpreter and lowered for CUDA. It is not timed on a GPU, so the scan is the default;
+`experiments/kernel_check.py` checks and times it on one. `jax.export` writes it for one platform
+alone, with a check disabled:
 
     check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     jax.export.export(fn, platforms=["cuda"], disabled_checks=[check])
+
+Without a GPU, JAX 0.11 and later need `jax.sharding.use_abstract_mesh` with an abstract device.
 """
 
 import functools
@@ -52,11 +55,14 @@ FEWEST_STEPS = 16
 """The least T for which a launch may save time."""
 
 PRIMITIVES = {
-    *("add", "sub", "mul", "max", "ne", "tanh", "logistic", "select_n", "dot_general"),
+    *("add", "sub", "mul", "le", "ne", "tanh", "logistic", "select_n", "dot_general"),
     *("transpose", "reshape", "broadcast_in_dim", "convert_element_type"),
     *("reshard", "jit", "pjit", "custom_jvp_call"),
 }
-"""What a step may consist of; the backend lowers only some of JAX's primitives."""
+"""What a step may consist of.
+
+The backend lowers only some of JAX's primitives, and `max` of NaN and a number to that number.
+"""
 
 
 @functools.cache

@@ -51,9 +51,17 @@ def vmappable(run: Run) -> Run:
     """`run` with a rule for `vmap`: it adds networks if it maps one of them, else sequences."""
     call = custom_vmap(run)
 
+    def first_of_zeros(x: Array, batched: bool) -> Array:
+        return jnp.zeros((1, *x.shape[1:]), x.dtype) if batched else x
+
     def rule(
         size: int, batched: Any, network: LoopNetwork, carry: Array, inputs: Any
     ) -> tuple[Any, Any]:
+        if size == 0:  # run one, and keep nothing of it
+            arguments = network, carry, inputs
+            one = jax.tree.map(first_of_zeros, arguments, tuple(batched))
+            result, mapped = rule(1, batched, *one)
+            return jax.tree.map(lambda x: x[:0], result), mapped
         axis = 0 if any(jax.tree.leaves(batched[0])) else 1  # of (N, B, H)
 
         def merge(axis: int, x: Array, batched: bool) -> Array:

@@ -1,6 +1,6 @@
 """The character model over real processes on one host: values, resuming, and a process that dies.
 
-The default is two processes, of which the second dies; `JAXRNN_THOROUGH=1` adds the rest.
+`JAXRNN_THOROUGH=1` starts them.
 """
 
 import json
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import char_lm, run_state
+from experiments import char_lm, processes, run_state
+from experiments.cli import InputError
 from tests.char_lm_runs import SIZES, train
 from tests.conftest import FAST_COMPILATION
 
@@ -53,6 +54,20 @@ def metrics(out: Path) -> np.ndarray:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return np.array([[row["train_bpc"], row["gradient_norm"]] for row in rows])
+
+
+def test_a_process_that_does_not_write_needs_no_folder():
+    assert processes.Follower({}).rows == []
+
+
+def test_a_coordinator_that_does_not_listen_is_named():
+    with socket.socket() as free:  # bound, but it does not listen
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"--coordinator: expected {place}, got: .*refused"):
+            processes.wait_for(place, seconds=0)
+        free.listen()
+        processes.wait_for(place)
 
 
 @pytest.fixture(scope="module")

@@ -263,7 +263,9 @@ def test_a_damping_that_is_not_a_number_is_named(wrong):
     params = jaxrnn.init(jax.random.key(0), 3, 4, 2)
     batch = Batch(jnp.ones((5, 3)), jnp.zeros(5, int))
     product = curvature.gauss_newton(params, batch)
-    of_no_steps = curvature.gauss_newton(params, jax.tree.map(lambda leaf: leaf[:0], batch))
+    no_steps = jax.tree.map(lambda leaf: leaf[:0], batch)
+    of_no_steps = curvature.gauss_newton(params, no_steps, checkpoint_every=3)
+    assert not any(leaf.any() for leaf in of_no_steps(params))
     with pytest.raises(TypeError, match="damping: expected a number"):
         curvature.damped(product, wrong)
     if wrong is not None:

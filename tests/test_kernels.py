@@ -92,6 +92,20 @@ def transformed(loop, params, batch):
     }
 
 
+@pytest.mark.parametrize("axes", [(None, 1), (0, None)], ids=["sequences", "networks"])
+def test_vmap_over_nothing(axes, small):
+    params, batch = small
+    if axes[0] is None:
+        batch = jax.tree.map(lambda x: x[:, :0], batch)
+    else:
+        params = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), params)
+    by_kernel, by_scan = (
+        jax.jit(jax.vmap(gradient(loop), in_axes=axes))(params, batch)
+        for loop in (interpreted, scan)
+    )
+    assert jax.tree.map(jnp.shape, by_kernel) == jax.tree.map(jnp.shape, by_scan)
+
+
 NAMES = (
     *("vmap over sequences", "vmap over networks", "vmap over leaks", "grad of the loss"),
     *("grad of bptt", "jvp", "jvp of grad", "grad of vmap", "one sequence", "two batch axes"),

@@ -126,6 +126,10 @@ FALLBACKS = {
     "few steps": (gradient(kernels.loop), shapes(T=15)),
     "no sequences": (gradient(kernels.loop), shapes(B=(0,))),
     "gelu": (gradient(kernels.loop, activation=Activation(jax.nn.gelu)), shapes()),
+    "maximum": (
+        gradient(kernels.loop, activation=Activation(lambda z: jnp.maximum(z, 0))),
+        shapes(),
+    ),
     "learned slope": (learned_slope, shapes()),
     "slope in an array": (array_slope, shapes()),
 }
@@ -136,7 +140,7 @@ def test_the_scan_stays_where_the_kernel_does_not_apply(name):
     """The reverse loop applies no activation, so it stays a kernel where only f is the reason."""
     fn, arguments = FALLBACKS[name]
     found, loops = kernels_and_loops(fn, *arguments)
-    activation = name in ("gelu", "slope in an array")
+    activation = name in ("gelu", "maximum", "slope in an array")
     assert (found, loops > 0) == (1 if activation else 0, True)
 
 
