@@ -119,7 +119,7 @@ def sparse(key, shape, dtype=jnp.float32, *, radius: float):
     exists = jax.random.bernoulli(key_exists, CONNECTIVITY, shape)
     W_h = np.asarray(jnp.where(exists, jax.random.normal(key_weights, shape, dtype), 0))
     drawn = np.abs(np.linalg.eigvals(W_h)).max()
-    if drawn < 1e-3:  # a small W_h without a cycle, whose radius is 0 but for rounding
+    if drawn == 0:  # a small W_h without a cycle
         return sparse(jax.random.fold_in(key, 0), shape, dtype, radius=radius)
     return jnp.asarray(radius / drawn * W_h)
 

@@ -44,13 +44,14 @@ def shard_seeds(tree):
 
 
 def is_wrong_class(y, target):
-    """Whether the largest of the outputs (*batch, O) is not that of the target; NaN is wrong.
+    """Whether the first of the largest outputs (*batch, O) is not that of the target.
+
+    NaN is wrong.
 
     >>> is_wrong_class(jnp.array([[1.0, 2.0], [jnp.nan, jnp.nan]]), jnp.array([1, 0])).tolist()
     [False, True]
     """
-    at_target = jnp.take_along_axis(y, target[..., None], axis=-1)[..., 0]
-    return ~(at_target >= y.max(axis=-1))
+    return (y.argmax(axis=-1) != target) | jnp.isnan(y).any(axis=-1)
 
 
 def nan_if_skipped(tree, skipped: ArrayLike):

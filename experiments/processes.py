@@ -90,19 +90,23 @@ def worker_streams() -> Iterator[None]:
 
 
 def wait_for(coordinator: str, seconds: float = 300) -> None:
-    """Waits until process 0 listens, because JAX ends a process that does not reach it.
+    """Waits until process 0 listens: JAX would abort this process if it did not.
 
     Raises:
-      InputError: it does not listen in time.
+      InputError: it does not listen in time, or the coordinator is not HOST:PORT.
     """
     host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and int(port) < 2**16):
+        raise InputError(f"--coordinator: expected HOST:PORT, got {coordinator}")
     until = time.monotonic() + seconds
     while True:
         try:
-            return socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, OverflowError, ValueError) as error:
+            return socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
             if time.monotonic() > until:
-                raise InputError(f"--coordinator: expected {coordinator}, got: {error}") from None
+                raise InputError(
+                    f"--coordinator: expected process 0 at {coordinator}, got: {error}"
+                ) from None
         time.sleep(0.2)
 
 

@@ -37,13 +37,17 @@ class Report:
         self.rows: list[dict] = []
         self._start = time.monotonic()
         run_state.make_folder(self.folder)
-        if not config.overwrite:
+        self._check_no_run()
+        self._metrics = open_alone(self.folder / "metrics.jsonl")
+        weakref.finalize(self, self._metrics.close)  # also after an error
+        self._check_no_run()  # another process may have ended one since
+        run_state.discard_run(self.folder)
+
+    def _check_no_run(self) -> None:
+        if not self.config.overwrite:
             run_state.check_no_run(
                 self.folder, ": --overwrite discards it, another --out leaves it as it is"
             )
-        self._metrics = open_alone(self.folder / "metrics.jsonl")
-        weakref.finalize(self, self._metrics.close)  # also after an error
-        run_state.discard_run(self.folder)
 
     def log(self, **row) -> None:
         """Appends a line to metrics.jsonl."""

@@ -60,11 +60,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_no_run(folder: Path, ways_out: str) -> None:
-    """Refuses a folder that holds a run.
-
-    Raises:
-      InputError: it holds one; the message ends with `ways_out`.
-    """
+    """Raises InputError if the folder holds a run. The message ends with `ways_out`."""
     if holds_run(folder):
         finished = "a finished" if (folder / "summary.json").exists() else "an unfinished"
         raise InputError(f"{folder}: expected a folder without a run, got {finished} one{ways_out}")
@@ -77,10 +73,11 @@ def discard_checkpoints(folder: Path) -> None:
 
 def discard_run(folder: Path) -> None:
     """Removes the run that the folder holds, if any; an empty metrics.jsonl stays."""
+    if holds_run(folder):
+        for name in ("summary.json", "figure.png", "curve.png", "sample.txt"):
+            (folder / name).unlink(missing_ok=True)
     discard_checkpoints(folder)
     (folder / "metrics.jsonl").write_bytes(b"")
-    for name in ("summary.json", "figure.png", "curve.png", "sample.txt"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -114,7 +111,7 @@ class Run:
 
     Attributes:
       step: the last step in metrics.jsonl.
-      rows: the lines of metrics.jsonl, a dict each.
+      rows: the lines of metrics.jsonl, a dict each, with NaN for null.
       seconds: duration of the run, over all processes that worked on it.
       seconds_of_steps: the same without the time spent in `pause_step_clock`.
 

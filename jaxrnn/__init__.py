@@ -18,9 +18,8 @@ With a leak alpha, the units of a rate network:
 Shapes: T steps, zero or more batch axes, time first: xs (T, *batch, I), hs (T, *batch, H),
 ys (T, *batch, O). A plural is a trajectory. A leading d is the derivative of the loss.
 
-Call the passes under `jax.jit`: outside it, `lax.scan` compiles again at each call. `jit` takes no
-`Activation` or `Loss` as an argument: bind them by `functools.partial`, or name them in
-`static_argnames`.
+Call the passes under `jax.jit`: outside it, each call compiles its loops again. An `Activation` or
+a `Loss` is not an array: bind it by `functools.partial`, or name it in `static_argnames`.
 """
 
 from jaxrnn import checkpoints, curvature, interop, kernels, online, serialization, streams

@@ -83,8 +83,8 @@ def _tanh(z: Array) -> Array:
     return jnp.tanh(z)
 
 
-def _relu(z: Array) -> Array:  # the maximum of NaN and 0 is 0 in the GPU kernel
-    return jnp.where(z <= 0, jnp.zeros((), z.dtype), z)
+def _relu(z: Array) -> Array:
+    return jnp.where(z <= 0, 0, z)  # jnp.maximum of NaN and 0 is 0 in the GPU kernel
 
 
 def _sigmoid(z: Array) -> Array:

@@ -220,7 +220,7 @@ def bptt(
       h_0: (*batch, H); zeros if None. It gets no gradient; `jax.grad(sequence_loss)` gives one.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1. Like h_0, it gets no gradient.
-      loss: Loss.
+      loss: g and the loss l of a step.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
         forward pass, and memory proportional to T/K + K instead of T. The spacing is the divisor of
         T nearest to K by ratio, between K/2 and 2 K; if there is none, a number near K. It is also

@@ -43,7 +43,7 @@ def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
     """The steps of the checkpoints in a folder, ascending; [] if the folder does not exist.
 
     Raises:
-      NotADirectoryError: the path is that of a file.
+      NotADirectoryError: the path, or a parent of it, is a file.
 
     >>> saved_steps("no such folder")
     []
@@ -174,7 +174,7 @@ def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
 
     Raises:
       CheckpointError: every checkpoint in the folder is damaged.
-      NotADirectoryError: the path is that of a file.
+      NotADirectoryError: the path, or a parent of it, is a file.
 
     >>> print(newest("no such folder"))
     None
@@ -185,8 +185,8 @@ def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
         try:
             checkpoint = load(path)
         except CheckpointError as error:
-            if not os.path.lexists(path):
-                return newest(folder)  # another process has saved a newer one since
+            if step not in saved_steps(folder):
+                return newest(folder)  # another process has removed it since
             failures.append(str(error))
             continue
         for failure in failures:

@@ -72,7 +72,8 @@ def gauss_newton(
       h_0: (*batch, H); zeros if None. It does not depend on the parameters.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1. It is fixed.
-      loss: Loss, the mean over the steps that count. Its `error` is differentiated once.
+      loss: g and the loss l of a step; L is the mean over the steps that count. `error` is
+        differentiated once.
       checkpoint_every: K stores about every K-th state and change of state. Each product then
         computes the others again, in three more loops over time. Memory is proportional to T/K + K
         instead of T. None stores the states and outputs of all steps.
@@ -237,7 +238,7 @@ def gauss_newton_product(
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
-      loss: Loss.
+      loss: g and the loss l of a step.
       checkpoint_every: as in `curvature.gauss_newton`.
 
     Returns:

@@ -54,7 +54,7 @@ def gradient_flow(
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
-      loss: Loss, the mean over the steps that count.
+      loss: g and the loss l of a step; L is the mean over the steps that count.
 
     Returns:
       Flow, in the parameters' dtype. Float16 loses numbers below 6e-8, which long or wide batches

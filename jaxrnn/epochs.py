@@ -180,7 +180,7 @@ class CheckedOnce:
 
 
 def check_once(name: str, check: Callable[[Batch], None], data: Any, dtype: DTypeLike) -> Any:
-    """The same data, a Batch as JAX arrays.
+    """The same data; a Batch is converted to JAX arrays.
 
     A Batch or a list is checked now, and some step of it must count, in `dtype`; another iterable
     is checked during its first pass.

@@ -21,7 +21,7 @@ from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, tanh
 from jaxrnn.batches import AnyArray, check_input, features_message, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
-from jaxrnn.params import Params, as_leak, check_leak, check_params
+from jaxrnn.params import Params, as_leak, check_leak, check_params, state_dtype
 from jaxrnn.products import input_zs, per_unit
 from jaxrnn.sharding import match_varying_axes, scalar_as, shard_rows
 
@@ -113,7 +113,7 @@ def fixed_points(
     checks.check_size("steps", steps)
     checks.check_positive("tolerance", tolerance)
     tolerance = float(tolerance)  # a number of NumPy is not cast to the dtype of the speed
-    h = jnp.asarray(h, params.W_h.dtype)
+    h = jnp.asarray(h, state_dtype(params))
     z_x = jnp.broadcast_to(input_zs(params, x), h.shape)
 
     def search_all(network: Any, starts: Any) -> FixedPoints:

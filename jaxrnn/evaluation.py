@@ -82,7 +82,7 @@ def evaluate(
         from zeros.
       loss_fn: (params, batch, h) -> (value, h_T). It is compiled once per function object: create a
         partial or a lambda outside the loop that evaluates, and assign a bound method to a name,
-        because each access makes a new object. Bind the options of training, such as
+        because each access makes a new object. Bind the options used in training, such as
         `partial(sequence_loss, activation=relu)`.
 
     Returns:

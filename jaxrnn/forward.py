@@ -14,7 +14,7 @@ from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, has_traced_values, tanh
 from jaxrnn.batches import AnyArray, Batch, check_sequence, check_step, where_exists
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
-from jaxrnn.params import Params, as_leak, check_leak, check_params
+from jaxrnn.params import Params, as_leak, check_leak, check_params, state_dtype
 from jaxrnn.products import input_zs, readout
 from jaxrnn.recurrence import Loop, hoisted_recur, initial_state, leaky, recur, scan
 
@@ -63,7 +63,7 @@ def step(
     check_activation(activation, params.W_h.dtype)
     check_leak(leak, params)
     check_step(params, h, x, drive)
-    h = jnp.asarray(h, params.W_h.dtype)
+    h = jnp.asarray(h, state_dtype(params))
     z = input_zs(params, x, drive) + h @ params.W_h.T
     h = leaky(as_leak(params, leak), h, activation.f(z))
     return h, readout(params, h)
@@ -197,7 +197,7 @@ def sequence_loss(
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
-      loss: Loss.
+      loss: g and the loss l of a step.
       loop: what runs the steps, such as `kernels.loop`. Autodiff's loop back in time is a scan.
 
     Returns:

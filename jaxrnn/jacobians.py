@@ -15,7 +15,7 @@ from jaxrnn import checks
 from jaxrnn.activations import Activation, autodiff_f_prime, check_activation, tanh
 from jaxrnn.batches import AnyArray, check_sequence, check_step
 from jaxrnn.forward import hidden_states
-from jaxrnn.params import Params, as_leak, check_leak, check_params
+from jaxrnn.params import Params, as_leak, check_leak, check_params, state_dtype
 from jaxrnn.products import input_zs, per_unit
 from jaxrnn.recurrence import initial_state, previous
 from jaxrnn.sharding import full_as, match_varying_axes, split_automatically
@@ -61,7 +61,7 @@ def jacobian(
     check_activation(activation, params.W_h.dtype)
     check_leak(leak, params)
     check_step(params, h, x, drive)
-    h = jnp.asarray(h, params.W_h.dtype)
+    h = jnp.asarray(h, state_dtype(params))
     z_x = input_zs(params, x, drive)
     return state_jacobian(activation, params.W_h, z_x, h, as_leak(params, leak))
 

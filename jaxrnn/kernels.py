@@ -11,15 +11,16 @@ steps, up to 8,191 in a launch; no block waits for another. The step is the same
 - on another platform than CUDA, chosen when the program is compiled for it;
 - for H above 128 in float32 or 256 in bfloat16, where W_h does not fit, and for other dtypes;
 - if `jax_default_matmul_precision` is set to anything but "default";
-- for an activation of other operations than tanh, ReLU, sigmoid and identity, or that reads arrays;
+- for an activation of other operations than jaxrnn's tanh, relu, sigmoid and identity, or that
+  reads arrays;
 - for fewer than 16 steps, symbolic sizes or explicit sharding, and if JAX lacks the backend.
 
 Where the scan runs, `bptt` on a GPU still takes one block of all steps, so leave `loop` at its
 default for such networks.
 
 The kernel is written in Pallas for its Triton backend, which needs an NVIDIA GPU of compute
-capability 8.0 or later, and for H above 128 in bfloat16 one with 136 KiB of shared memory for a
-block, such as an A100 or H100; JAX 0.11 and later warn that they will drop it. The kernel is tested
+capability 8.0 or later; JAX 0.11 and later warn that they will drop it. For H above 128 in bfloat16
+the GPU must have 136 KiB of shared memory per block, as an A100 or H100 does. The kernel is tested
 in Pallas's interpreter and lowered for CUDA. It is not timed on a GPU, so the scan is the default;
 `experiments/kernel_check.py` checks and times it on one. `jax.export` writes it for one platform
 alone, with a check disabled:
@@ -27,7 +28,8 @@ alone, with a check disabled:
     check = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     jax.export.export(fn, platforms=["cuda"], disabled_checks=[check])
 
-Without a GPU, JAX 0.11 and later need `jax.sharding.use_abstract_mesh` with an abstract device.
+To export without a GPU, JAX 0.11 and later need `jax.sharding.use_abstract_mesh` with an abstract
+device.
 """
 
 import functools
@@ -61,7 +63,8 @@ PRIMITIVES = {
 }
 """What a step may consist of.
 
-The backend lowers only some of JAX's primitives, and `max` of NaN and a number to that number.
+The backend lowers only some of JAX's primitives. `max` is left out, because its maximum of NaN and
+a number is the number.
 """
 
 

@@ -147,7 +147,7 @@ def mean_loss(ys: AnyArray, batch: Batch, loss: Loss = cross_entropy) -> Array:
     Args:
       ys: (T, *batch, O), the outputs before g; not read where the mask is False.
       batch: Batch; of xs, only the shape and dtype are read.
-      loss: Loss.
+      loss: g and the loss l of a step.
 
     Returns:
       L, a scalar in float32 at least; 0 where no step counts.

@@ -21,6 +21,8 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
 
         L = sum_k n_k L_k / sum_k n_k        dtheta = sum_k n_k dtheta_k / sum_k n_k
 
+    The dtype of the loss must hold n_k L_k and n_k dtheta_k.
+
     Args:
       gradient_fn: (params, batch, h_0) -> ((value, h_T), grads): `bptt` or a function like it.
       mesh: the devices. `jax.config.update("jax_num_cpu_devices", 2)`, before JAX is first used,
@@ -28,7 +30,7 @@ def data_parallel(gradient_fn: GradientFn, mesh: Mesh) -> GradientFn:
 
     Returns:
       The gradient function. Its value and gradient are those of the whole batch; h_T stays split
-      over the devices. Each device folds its index into `key`. The dtype must hold n_k dtheta_k.
+      over the devices. Each device folds its index into `key`.
 
     Raises:
       TypeError: gradient_fn is not a function, or mesh not a Mesh; when called, if the batch is not

@@ -59,8 +59,8 @@ def check_params(params: Any) -> None:
 def check_leak(leak: Any, params: Params) -> None:
     """Raises TypeError or ValueError unless leak is None, or in (0, 1], a scalar or (H,).
 
-    Below the dtype's eps, 1 - alpha may be rounded by alpha / 4 or more, at last to 1. The values
-    of a traced array are not checked.
+    Below the dtype's eps, the rounding error of 1 - alpha may be alpha / 4 or more; for the
+    smallest alpha it is 1. The values of a traced array are not checked.
     """
     if leak is None:
         return
@@ -70,7 +70,7 @@ def check_leak(leak: Any, params: Params) -> None:
     if shape not in ((), (H,)):
         raise ValueError(f"leak: expected a scalar or shape ({H},) (H of W_h), got {shape}")
     if not isinstance(leak, jax.core.Tracer):
-        dtype = params.W_h.dtype
+        dtype = state_dtype(params)
         values = np.atleast_1d(np.asarray(leak, np.float64))
         wrong = values[~((values > 0) & (values <= 1))]
         if wrong.size:
@@ -83,9 +83,14 @@ def check_leak(leak: Any, params: Params) -> None:
             )
 
 
+def state_dtype(params: Params) -> jnp.dtype:
+    """The dtype of states and outputs: that of the parameters, which JAX narrows without x64."""
+    return jax.dtypes.canonicalize_dtype(params.W_h.dtype)
+
+
 def as_leak(params: Params, leak: ArrayLike | None) -> Array | None:
     """The leak as an array of the parameters' dtype."""
-    return None if leak is None else jnp.asarray(leak, params.W_h.dtype)
+    return None if leak is None else jnp.asarray(leak, state_dtype(params))
 
 
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:

@@ -18,7 +18,8 @@ def input_product(params: Params, xs: AnyArray) -> Array:
     """W_x x, for one step or for all at once. A token x selects a column of W_x."""
     if checks.is_integer(xs):
         return select_rows(params.W_x.T, jnp.asarray(xs))
-    return jnp.asarray(xs, params.W_x.dtype) @ params.W_x.T
+    dtype = jax.dtypes.canonicalize_dtype(params.W_x.dtype)
+    return jnp.asarray(xs, dtype) @ params.W_x.T
 
 
 def input_zs(

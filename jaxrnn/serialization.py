@@ -189,7 +189,7 @@ def load_fit(
 
     Raises:
       CheckpointError: every checkpoint is damaged, or the newest has other shapes or dtypes.
-      NotADirectoryError: the path is that of a file.
+      NotADirectoryError: the path, or a parent of it, is a file.
       TypeError: params or optimizer do not fit, as in `init_state`.
 
     Warns:

@@ -131,7 +131,7 @@ def stream_gradient(
       key: a key for `rank_one`, another for each call; the others do not use it.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
-      loss: Loss, the mean over the steps of this batch that count.
+      loss: g and the loss l of a step; L is the mean over the steps of this batch that count.
 
     Returns:
       (L, stream), grads: a scalar in float32 at least, the stream after these steps, and Params.

@@ -79,7 +79,8 @@ def pytest_collection_modifyitems(config, items):
     thorough = [item for item in items if item.get_closest_marker("thorough")]
     left_out = set(thorough)
     if level == "first":
-        by_default = {item.function for item in items if item not in left_out}
+        # An example of a docstring has no function.
+        by_default = {getattr(item, "function", item) for item in items if item not in left_out}
         firsts = {item.function: item for item in reversed(thorough)}
         left_out -= {item for function, item in firsts.items() if function not in by_default}
     config.hook.pytest_deselected(items=list(left_out))

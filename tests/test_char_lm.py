@@ -232,7 +232,8 @@ def test_bad_flags_of_a_sample_are_one_line(flags, message, trained, capsys):
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(tmp_path, capsys):
-    for folder in (tmp_path, tmp_path / "missing"):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "file"):
         assert sample(folder, "5") == 2
         message = f"{folder}: expected a run of char_lm with a checkpoint, got none\n"
         assert capsys.readouterr().err == message

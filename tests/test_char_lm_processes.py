@@ -1,6 +1,6 @@
 """The character model over real processes on one host: values, resuming, and a process that dies.
 
-`JAXRNN_THOROUGH=1` starts them.
+Tests that start processes run with `JAXRNN_THOROUGH=1`.
 """
 
 import json
@@ -64,9 +64,17 @@ def test_a_coordinator_that_does_not_listen_is_named():
     with socket.socket() as free:  # bound, but it does not listen
         free.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(InputError, match=f"--coordinator: expected {place}, got: .*refused"):
+        with pytest.raises(
+            InputError, match=f"--coordinator: expected process 0 at {place}, got: "
+        ):
             processes.wait_for(place, seconds=0)
         free.listen()
+        processes.wait_for(place)
+
+
+@pytest.mark.parametrize("place", ["localhost", ":1234", "localhost:http", "localhost:65536"])
+def test_a_coordinator_without_host_or_port_is_named(place):
+    with pytest.raises(InputError, match=f"--coordinator: expected HOST:PORT, got {place}"):
         processes.wait_for(place)
 
 

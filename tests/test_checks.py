@@ -188,6 +188,9 @@ WRONG = {
     "lengths of floats": (
         lambda: jaxrnn.mask_from_lengths(zeros(B), T), TypeError, r"lengths: .*got float32"
     ),
+    "lengths of None": (
+        lambda: jaxrnn.mask_from_lengths(None, T), TypeError, r"lengths: .*array, got NoneType"
+    ),
     "lengths of list": (
         lambda: jaxrnn.mask_from_lengths([1.0], T), TypeError, r"lengths: .*integers, got float64"
     ),

@@ -96,6 +96,12 @@ def test_only_overwrite_discards_a_run(finished, tmp_path, capsys, monkeypatch):
     assert "overwrite" not in json.loads((tmp_path / "summary.json").read_text())["settings"]
 
 
+def test_a_run_removes_no_file_of_a_folder_without_one(tmp_path):
+    (tmp_path / "sample.txt").write_text("of the user")
+    run_state.discard_run(tmp_path)
+    assert (tmp_path / "sample.txt").read_text() == "of the user"
+
+
 def test_metrics_without_a_line_are_not_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     assert not run_state.holds_run(tmp_path)
