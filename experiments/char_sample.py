@@ -86,7 +86,7 @@ def load(folder: Path) -> tuple[Params, str]:
       InputError: the folder holds no such run.
       CheckpointError: its files are damaged.
     """
-    found = checkpoints.newest(folder) if folder.is_dir() else None
+    found = checkpoints.newest(folder)
     note = found.note if found and isinstance(found.note, dict) else {}
     if found is None or note.get("settings", {}).get("experiment") != "char_lm":
         raise InputError(f"{folder}: expected a run of char_lm with a checkpoint, got none")

@@ -136,7 +136,7 @@ class Run:
         self._signal: signal.Signals | None = None
         self._handlers: dict = {}
         self._metrics_path = folder / "metrics.jsonl"
-        self._saved_steps = checkpoints.saved_steps(folder) if folder.is_dir() else []
+        self._saved_steps = checkpoints.saved_steps(folder)
         self._found = checkpoints.newest(folder) if resume else None
         if self._found is not None:
             self._check_versions(self._check_settings(self._found))

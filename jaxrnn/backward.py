@@ -263,8 +263,8 @@ def bptt(
     count = step_weights(batch, dtype).sum()
 
     # On a GPU, a condition waits for the device; under vmap, one over a mesh fails.
-    can_skip = jax.default_backend() == "cpu" and explicit_sharding(h_0) is None
-    can_skip = can_skip and batch.weights is not None and K < T
+    can_skip = batch.weights is not None and K < T and jax.default_backend() == "cpu"
+    can_skip = can_skip and explicit_sharding(h_0) is None
     can_skip = can_skip and not reads_traced_values(loss, params, batch)
     output = block_output_if_any if can_skip else block_output
 

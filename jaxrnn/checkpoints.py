@@ -42,13 +42,10 @@ def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
 def saved_steps(folder: str | os.PathLike[str]) -> list[int]:
     """The steps of the checkpoints in a folder, ascending; [] if the folder does not exist.
 
-    Raises:
-      NotADirectoryError: the path, or a parent of it, is a file.
-
     >>> saved_steps("no such folder")
     []
     """
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         matches = map(FILE_NAME.fullmatch, os.listdir(Path(folder)))
         return sorted(int(match[1]) for match in matches if match)
     return []
@@ -174,7 +171,6 @@ def newest(folder: str | os.PathLike[str]) -> Checkpoint | None:
 
     Raises:
       CheckpointError: every checkpoint in the folder is damaged.
-      NotADirectoryError: the path, or a parent of it, is a file.
 
     >>> print(newest("no such folder"))
     None

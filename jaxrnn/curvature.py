@@ -103,15 +103,15 @@ def gauss_newton(
     h_0 = initial_state(params, batch.xs, h_0, (batch, leak))
     network = Network(params, activation, as_leak(params, leak), loss)
     T = batch.xs.shape[0]
+    if checkpoint_every is None:
+        K = block_steps(params, batch)
+    else:
+        K = near_divisor(T, checkpoint_every)
 
     def forward(h: Array, block: Batch, last: Array | None, _: None) -> tuple[Array, Any]:
         states = linearization_states(network, block, h)
         return at_step(last, states[0]), (h, states if checkpoint_every is None else None)
 
-    if checkpoint_every is None:
-        K = block_steps(params, batch)
-    else:
-        K = near_divisor(T, checkpoint_every)
     saved = scan_blocks(forward, h_0, batch, K)[1] if T else None
 
     def product(v: Params, structural: ArrayLike | None = None) -> Params:

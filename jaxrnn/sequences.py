@@ -30,25 +30,23 @@ def mask_from_lengths(lengths: Sequence[int] | AnyArray, T: int) -> Array:
     >>> mask_from_lengths(jnp.array([2, 0]), 3).astype(int).tolist()
     [[1, 0], [1, 0], [0, 0]]
     """
-    lengths = _checked_lengths(lengths, T)
+    if isinstance(lengths, Sequence):
+        with checks.noted("The error is in lengths."):
+            lengths = np.array(lengths, None if len(lengths) else int)
+    _check_lengths(lengths, T)
     steps = jnp.arange(T).reshape(T, *(1 for _ in lengths.shape))
     return steps < lengths[None].astype(jnp.int32)
 
 
-def _checked_lengths(lengths: Any, T: Any) -> AnyArray:
-    """lengths as an array. Raises TypeError or ValueError unless they are integers in 0..T."""
-    if isinstance(lengths, list | tuple):
-        with checks.noted("The error is in lengths."):
-            lengths = np.array(lengths, None if lengths else int)
+def _check_lengths(lengths: Any, T: Any) -> None:
     checks.check_array("lengths", lengths)
     if not checks.is_integer(lengths):
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
-    if not export.is_symbolic_dim(T):
-        checks.check_size("T", T, minimum=0)
-        if not isinstance(lengths, jax.core.Tracer):
-            checks.check_range("lengths", np.asarray(lengths), True, int(T) + 1, "0..T")
-    checked: AnyArray = lengths
-    return checked
+    if export.is_symbolic_dim(T):
+        return
+    checks.check_size("T", T, minimum=0)
+    if not isinstance(lengths, jax.core.Tracer):
+        checks.check_range("lengths", np.asarray(lengths), True, int(T) + 1, "0..T")
 
 
 def windows(batch: Batch, length: int) -> Iterator[Batch]:

@@ -189,7 +189,7 @@ def load_fit(
 
     Raises:
       CheckpointError: every checkpoint is damaged, or the newest has other shapes or dtypes.
-      NotADirectoryError: the path, or a parent of it, is a file.
+      NotADirectoryError: the folder is a file.
       TypeError: params or optimizer do not fit, as in `init_state`.
 
     Warns:
@@ -209,6 +209,8 @@ def load_fit(
     """
     found = checkpoints.newest(folder)
     if found is None:
+        if Path(folder).is_file():
+            raise NotADirectoryError(f"{folder}: expected a folder, got a file")
         return None
     arrays = dict(found.arrays)
     if "history" not in arrays:

@@ -45,13 +45,6 @@ def test_a_file_that_a_writer_removes_while_it_is_looked_for_is_not_damaged(tmp_
     assert checkpoints.newest(tmp_path).step == 2
 
 
-def test_the_path_of_a_file_is_no_folder(tmp_path):
-    file = tmp_path / "run"
-    file.touch()
-    with pytest.raises(NotADirectoryError, match="run"):
-        checkpoints.newest(file)
-
-
 def test_save_keeps_the_newest_and_removes_later_steps(tmp_path):
     for step in (0, 10, 9, 100):
         checkpoints.save(tmp_path, step, ARRAYS, keep=3)

@@ -264,10 +264,11 @@ def test_functions_that_cannot_be_hashed_train(params, batch):
     assert as_bytes(fit(params, batch, gradient_fn=Gradient())) == as_bytes(fit(params, batch))
 
 
-def test_an_epoch_without_an_applied_update_does_not_wait(params, batch):
+@pytest.mark.parametrize("patience", [1, 5])
+def test_an_epoch_without_an_applied_update_does_not_wait(patience, params, batch):
     spoilt = batch._replace(weights=jnp.full((7, 6), 2.0))
     with pytest.warns(UserWarning, match="1 of the 1 updates up to step 1 were skipped"):
-        result = fit(params, spoilt, gradient_fn=not_finite, max_epochs=1, patience=1)
+        result = fit(params, spoilt, gradient_fn=not_finite, max_epochs=1, patience=patience)
     assert not result.converged
 
 

@@ -92,6 +92,18 @@ def transformed(loop, params, batch):
     }
 
 
+NAMES = (
+    *("vmap over sequences", "vmap over networks", "vmap over leaks", "grad of the loss"),
+    *("grad of bptt", "jvp", "jvp of grad", "grad of vmap", "one sequence", "two batch axes"),
+)
+
+
+@pytest.mark.parametrize("name", default_and_thorough(["vmap over leaks"], NAMES))
+def test_transformations_equal_those_of_the_scan(name, small):
+    by_kernel, by_scan = (transformed(loop, *small)[name] for loop in (interpreted, scan))
+    assert max(relative_errors(jax.jit(by_kernel)(), jax.jit(by_scan)())) <= 1e-5
+
+
 @pytest.mark.parametrize("axes", [(None, 1), (0, None)], ids=["sequences", "networks"])
 def test_vmap_over_nothing(axes, small):
     params, batch = small
@@ -104,18 +116,6 @@ def test_vmap_over_nothing(axes, small):
         for loop in (interpreted, scan)
     )
     assert jax.tree.map(jnp.shape, by_kernel) == jax.tree.map(jnp.shape, by_scan)
-
-
-NAMES = (
-    *("vmap over sequences", "vmap over networks", "vmap over leaks", "grad of the loss"),
-    *("grad of bptt", "jvp", "jvp of grad", "grad of vmap", "one sequence", "two batch axes"),
-)
-
-
-@pytest.mark.parametrize("name", default_and_thorough(["vmap over leaks"], NAMES))
-def test_transformations_equal_those_of_the_scan(name, small):
-    by_kernel, by_scan = (transformed(loop, *small)[name] for loop in (interpreted, scan))
-    assert max(relative_errors(jax.jit(by_kernel)(), jax.jit(by_scan)())) <= 1e-5
 
 
 def test_the_batch_split_over_devices(small):

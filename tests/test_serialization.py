@@ -178,6 +178,13 @@ def test_load_fit_of_an_empty_folder_is_none(params, tmp_path):
     assert jaxrnn.load_fit(tmp_path, params, ADAM) is None
 
 
+def test_load_fit_of_a_file_is_an_error(params, tmp_path):
+    file = tmp_path / "run"
+    file.touch()
+    with pytest.raises(NotADirectoryError, match="run: expected a folder, got a file"):
+        jaxrnn.load_fit(file, params, optax.sgd(0.1))
+
+
 def test_fit_refuses_a_checkpoint_of_another_network(params, tmp_path):
     rule = partial(jaxrnn.sgd, learning_rate=0.1)
     run = partial(jaxrnn.fit, jax.random.key(1), train=stream(), optimizer=rule, max_epochs=1)
