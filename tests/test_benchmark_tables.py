@@ -11,10 +11,15 @@ from experiments.benchmark_report import compare, geometric_mean
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = (ROOT / "experiments" / "README.md").read_text()
 README = (ROOT / "README.md").read_text()
-LINES = (ROOT / "experiments" / "results" / "benchmark.jsonl").read_text().splitlines()
-ROWS = [json.loads(line) for line in LINES]
+
+
+def rows_of(name: str) -> list[dict]:
+    lines = (ROOT / "experiments" / "results" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+ROWS = rows_of("benchmark")
 AT = {(row["size"], row["method"]): row for row in ROWS}
-COMPARED = compare(ROWS)
 (SECTION,) = re.findall(r"^### 2 CPU cores.*?(?=^### )", EXPERIMENTS, re.DOTALL | re.MULTILINE)
 NAMES = {"two devices": "bptt x 2"}
 
@@ -57,7 +62,9 @@ def test_the_memory_of_every_size_is_there():
         assert sizes <= {size for size, *_ in table(text, "T, B, I, H, O")}
 
 
-def test_the_ratios_are_the_means_and_minima_of_the_rows():
+@pytest.mark.parametrize("name", ["benchmark", "benchmark_epyc"])
+def test_the_ratios_are_the_means_and_minima_of_the_rows(name):
+    compared, text = compare(rows_of(name)), EXPERIMENTS.split(f"](results/{name}.jsonl)")[1]
     names = {
         "as the plain scan": "bptt / plain scan",
         "as Flax": "bptt / Flax",
@@ -65,10 +72,10 @@ def test_the_ratios_are_the_means_and_minima_of_the_rows():
         "as Haiku, both with ReLU": "bptt, ReLU / Haiku, ReLU",
         "as the plain scan, on two devices": "bptt x 2 / plain scan",
     }
-    (_, *groups), *lines = table(SECTION, "| typical |")
+    (_, *groups), *lines = table(text, "| typical |")
     assert [name for name, *_ in lines] == list(names)
     for name, *cells in lines:
-        found = [COMPARED[names[name]].get(group, {}) for group in groups[::2]]
+        found = [compared[names[name]].get(group, {}) for group in groups[::2]]
         assert cells[::2] == [printed(x.get("speed")) for x in found], name
         assert cells[1::2] == [printed(x.get("least")) for x in found], name
 
@@ -78,7 +85,7 @@ def test_the_headline_is_that_of_the_typical_sizes():
     others = {"`jax.grad`": "plain scan", "Flax": "Flax", "torch": "torch"}
     for name, cell, _ in lines[:3]:
         (other,) = [other for part, other in others.items() if part in name]
-        found = COMPARED[f"bptt / {other}"]["typical"]
+        found = compare(ROWS)[f"bptt / {other}"]["typical"]
         assert cell == f"{found['speed']:.2f} ({found['least']:.2f})"
     checkpointed, scan = (AT["768, 64, 1, 100, 10", name] for name in ("bptt, K", "plain scan"))
     assert lines[3][1] == f"{checkpointed['temp_mb'] / scan['temp_mb']:.2f}"
