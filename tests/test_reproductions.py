@@ -1,11 +1,9 @@
-"""The experiments that reproduce published results: small runs, tasks, and the results table."""
+"""The experiments that reproduce published results: small runs and tasks."""
 
 import importlib
 import json
 import re
-import shlex
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +11,12 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from experiments import adding, cli, copy_memory, long_lag_tasks, run_state, temporal_order
+from experiments import adding, copy_memory, long_lag_tasks, run_state, temporal_order
 from experiments.regularizer import regularizer
 from experiments.reports import Report, mean_and_spread
 from jaxrnn import Batch
 from tests.conftest import default_and_thorough
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NAMES = [
     "gradient_flow",
     "temporal_order",
@@ -229,69 +226,3 @@ def test_the_regularizer_equals_its_definition_step_by_step(x64):
                 terms.append(((before**2).sum() / (dhs[t, b] ** 2).sum() - 1) ** 2)
     omega = jax.jit(regularizer)(params, batch, h_0)
     assert omega == pytest.approx(np.mean(terms), rel=1e-12)
-
-
-README = (EXPERIMENTS / "README.md").read_text()
-SUMMARIES = sorted(path.stem for path in (EXPERIMENTS / "results").glob("*.json"))
-
-
-def documented(name):
-    """The command before the link to a summary, and the cells of the table after it."""
-    before, after = README.split(f"(results/{name}.json)")
-    command = re.findall(r"^```sh\n(python -m experiments\..*)\n```", before, re.MULTILINE)[-1]
-    table = re.search(r"(?:^\|.*\n)+", after, re.MULTILINE)[0].splitlines()
-    return command, [line.strip("|").split("|") for line in table[2:]]
-
-
-def test_every_experiment_is_documented():
-    found = {documented(name)[0].split()[2].removeprefix("experiments.") for name in SUMMARIES}
-    assert found == set(NAMES)
-    index = re.findall(r"^\| \[(\w+)\]\(#\1\) \|", README, re.MULTILINE)
-    assert set(index) == set(NAMES)
-    assert all((EXPERIMENTS / "figures" / f"{name}.png").exists() for name in SUMMARIES)
-    assert all(f"(figures/{name}.png)" in README for name in SUMMARIES)
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if name in SUMMARIES])
-def test_the_documented_time_is_the_summarys(name):
-    seconds = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["seconds"]
-    documented_time = re.search(rf"^\| \[{name}\].*\| (.*) \|$", README, re.MULTILINE)[1]
-    assert documented_time in (f"{seconds:.0f} s", f"{seconds / 60:.0f} min")
-
-
-@pytest.mark.parametrize("name", SUMMARIES)
-def test_each_cell_is_one_result_of_the_summary_that_its_command_wrote(name):
-    command, rows = documented(name)
-    summary = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
-    results = re.findall(r"\d+(?:\.\d+)?(?: ± \d+(?:\.\d+)?)?", summary["ours"])
-    for row in rows:
-        cells = [cell.strip() for cell in (row if len(rows) == 1 else row[1:])]
-        for cell in cells:
-            assert cell in results or cell in ("carried", "zeros")
-    _, _, module, *flags = shlex.split(command)
-    config = cli.parse(importlib.import_module(module).Config, flags)
-    wanted = {
-        name: value.name if isinstance(value, Path) else value
-        for name, value in vars(config).items()
-        if name not in ("out", "overwrite", "resume")
-    }
-    assert json.loads(json.dumps(wanted)) == summary["settings"]
-
-
-def test_figures_in_words_are_those_of_the_summaries():
-    def figures(name):
-        return json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())["figures"]
-
-    found, prose = figures("small_loops"), " ".join(README.split())
-    most, beside = found["at_most"], found["beside_scan"]
-    single, double = beside["float32"], beside["float64"]
-    speeds = figures("parallel_in_time")["speeds"]
-    for claim in (
-        f"`bptt` is {single['geometric_mean']:.2f} times as fast as the plain scan in float32",
-        f"(least {single['least']:.2f}), and {double['geometric_mean']:.2f} times in float64 "
-        f"({double['least']:.2f})",
-        f"up to {most['plain scan']} times as fast and `bptt` up to {most['bptt']} times",
-        f"{speeds['full']:.3f} times as fast as `hidden_states` with the full Jacobian, "
-        f"{speeds['diagonal']:.3f} times with the diagonal",
-    ):
-        assert claim in prose
