@@ -228,8 +228,9 @@ def measure(config: Config, size: Size, process: Executor) -> list[dict]:
         reference = "plain scan, ReLU" if "ReLU" in name else "plain scan"
         check_agreement(config, name, method.call(), expected[reference])
     if config.baseline is None:
-        shapes = [(size.T, size.B, width) for width in (size.H, size.O)]
-        hs, ys = (jax.random.normal(jax.random.key(1), s, params.W_h.dtype) for s in shapes)
+        steps, keys = (size.T, size.B), jax.random.split(jax.random.key(1))
+        hs = jax.random.normal(keys[0], (*steps, size.H), params.W_h.dtype)
+        ys = jax.random.normal(keys[1], (*steps, size.O), params.W_h.dtype)
         compiled["floor"] = compile_for(peers.floor, (params, batch, hs, ys))
     functions = {name: method.call for name, method in compiled.items()}
     times = time_in_turn(functions, config.repeats, config.seconds)

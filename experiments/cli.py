@@ -5,7 +5,7 @@ Exit statuses:
     2    bad usage or input
     3    files of the run are damaged or cannot be written
     4    diverged: too many consecutive updates were not finite
-    5    another process of a run over several has ended, or a signal killed this one
+    5    another process of the run has ended, or a signal killed this one
     130  stopped by SIGINT after saving; a second signal ends the process at once
     141  the reader of the output went away, as `head` does
     143  stopped by SIGTERM, likewise

@@ -39,7 +39,7 @@ BITS = 3
 PULSES = 0.05  # the probability of a pulse of an input at a step
 START_NOISE = 0.1  # the standard deviation of what is added to a start
 TOLERANCE = 1e-12  # the highest speed q of a fixed point
-DISTANCE = 1e-4  # points that are at most so far apart are one
+DISTANCE = 1e-4  # points at most this far apart are one
 
 
 @dataclasses.dataclass(frozen=True)

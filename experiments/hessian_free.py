@@ -40,7 +40,7 @@ from experiments import (
     temporal_order,
 )
 from experiments.hessian_free_compare import train_for
-from experiments.hessian_free_objective import devices_for, objective
+from experiments.hessian_free_objective import objective
 from experiments.hessian_free_report import draw, of_run, summarize
 from experiments.hessian_free_update import (
     Rules,
@@ -49,7 +49,7 @@ from experiments.hessian_free_update import (
     init_state,
 )
 from experiments.long_lag_tasks import CHUNK, SOLVED, Task, init_networks, wrong_sequences
-from experiments.multi_seed import use_all_cores
+from experiments.multi_seed import devices_for, use_all_cores
 from experiments.reports import write_results
 from experiments.run_state import Run
 from jaxrnn import TrainState
@@ -130,7 +130,7 @@ HESSIAN_FREE = "Hessian-free"
 
 def make_functions(config: Config, task: Task, T: int, unravel):
     """update(state, key) -> (state, metrics) and error_rate(theta, key), over all devices."""
-    mesh = devices_for(config.batch_size)
+    mesh = devices_for(config.batch_size, "batch")
     rules = Rules(config.structural, config.cg_steps)
     devices = mesh.shape["batch"]
     chunks = devices * math.ceil(config.test_size / CHUNK / devices)

@@ -3,7 +3,6 @@
 import jax
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh
 
 import jaxrnn
 from experiments.hessian_free_update import Objective
@@ -47,9 +46,3 @@ def objective(task: Task, batches: Batch, unravel) -> Objective:
         return of_all
 
     return Objective(value, gradient, gauss_newton)
-
-
-def devices_for(size: int) -> Mesh:
-    """As many devices as divide the size."""
-    count = max(n for n in range(1, len(jax.devices()) + 1) if size % n == 0)
-    return Mesh(jax.devices()[:count], ("batch",))

@@ -14,7 +14,7 @@ Noise is added to the inputs in training. Test errors are those after the last e
     pip install -e '.[experiments,data]'
     python -m experiments.japanese_vowels --out runs/japanese_vowels
 
-`--folds 5` cross-validates the training utterances instead; the settings were chosen so.
+`--folds 5` cross-validates the training utterances instead; this chose the settings.
 """
 
 import dataclasses

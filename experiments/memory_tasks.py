@@ -6,8 +6,8 @@ They are those of Hochreiter and Schmidhuber (1997), in the versions that Marten
     multiplication              the product of two marked numbers
     3-bit temporal order        which three symbols came, in order
     random permutation          the first symbol, after a permutation of others
-    5-bit memorisation          five symbols of two, after T blanks
-    20-bit memorisation         ten symbols of four, after T blanks
+    5-bit memorisation          five symbols of two, after T steps
+    20-bit memorisation         ten symbols of four, after T steps
 """
 
 from functools import partial
@@ -58,9 +58,9 @@ def permutation_batch(key, T: int, B: int) -> Batch:
 
 
 def memorisation_batch(key, T: int, B: int, *, length: int, symbols: int) -> Batch:
-    """`length` symbols, T blanks, a cue, and `length` blanks in which they are to be repeated.
+    """`length` symbols, T - 1 blanks, a cue, and `length` blanks in which they are to be repeated.
 
-    The cue is the last of the T blanks. Only the steps of the repetition count.
+    Only the steps of the repetition count.
     """
     blank, cue = symbols, symbols + 1
     which = jax.random.randint(key, (length, B), 0, symbols)

@@ -1,6 +1,6 @@
 """MNIST-1D: which initialisation and which readout classify best with a plain recurrent network?
 
-MNIST-1D (Greydanus and Kobak 2020) has generated curves of 40 samples, ten shapes that are
+MNIST-1D (Greydanus and Kobak 2024) has generated curves of 40 samples, ten shapes that are
 stretched, shifted and blurred: 4,000 for training and 1,000 for testing. In the shuffled control,
 the samples of all curves are permuted by one fixed random permutation. Three initialisations:
 
@@ -65,7 +65,7 @@ class Config:
     dropout: float = 0.5
     """Share of hidden units dropped in training where all steps are read out."""
     validate: bool = False
-    """Hold out the last 500 training curves and test on them; the settings were chosen so."""
+    """Hold out the last 500 training curves and test on them; this chose the settings."""
     seeds: int = 6
     """Number of networks, trained in parallel."""
     seed: int = 0

@@ -32,15 +32,19 @@ def stack(trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
+def devices_for(size: int, axis: str) -> Mesh:
+    """As many devices as divide the size, along a mesh axis of that name."""
+    count = max(n for n in range(1, len(jax.devices()) + 1) if size % n == 0)
+    return Mesh(jax.devices()[:count], axis)
+
+
 def shard_seeds(tree):
     """Shards the first axis of every leaf, the seeds, over as many devices as divide it.
 
     The results of `jit(vmap(function))` are sharded in the same way.
     """
     seeds = jax.tree.leaves(tree)[0].shape[0]
-    count = max(n for n in range(1, len(jax.devices()) + 1) if seeds % n == 0)
-    mesh = Mesh(jax.devices()[:count], "seeds")
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("seeds")))
+    return jax.device_put(tree, NamedSharding(devices_for(seeds, "seeds"), PartitionSpec("seeds")))
 
 
 def is_wrong_class(y, target):

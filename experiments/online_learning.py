@@ -43,7 +43,7 @@ from jaxrnn.streams import Influence, diagonal, full, rank_one, start_stream, st
 
 LOSS = jaxrnn.binary_cross_entropy
 LEVELS = {"neither bit": 0.66156, "the first bit": 0.51917, "both bits": 0.45446}
-"""The least loss of a network that knows so much of the past, in nats."""
+"""The least loss of a network that knows this much of the past, in nats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Config:
     windows: tuple[int, ...] = (2, 4, 8, 16)
     """Windows k of truncated backpropagation."""
     updates: int = 20_000
-    """Updates of each network; the time of so many by RTRL is the time for all methods."""
+    """Updates of each network; the time that RTRL takes for them is that of all methods."""
     check_every: int = 1_000
     """Updates between checks; the loss of a check is the mean over these updates."""
     hidden_size: int = 16

@@ -61,7 +61,7 @@ class Config:
     radius: float = 0.25
     """Initial spectral radius of W_h, a scaled orthogonal matrix."""
     batch_size: int | None = None
-    """Parallel streams of pieces, B; by default so many that an epoch has about 220 updates."""
+    """Parallel streams of pieces, B; by default, an epoch has about 220 updates."""
     window: int = 16
     """Steps of backpropagation through time, T."""
     optimizer: Literal["adam", "sgd"] = "adam"

@@ -1,7 +1,7 @@
 """A run over several processes, by `jax.distributed`: what they agree on, and how they end.
 
 Each process of the command line starts a worker, which trains, and waits for it. A process that
-loses another one is ended by JAX without a word from Python, so that its parent has to say it.
+loses another one is ended by JAX without an error of Python, so its parent reports it.
 """
 
 import contextlib

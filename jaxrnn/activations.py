@@ -73,7 +73,7 @@ def has_traced_values(function: Any, *arguments: Any) -> bool:
 
     It is traced with arguments of the shapes and dtypes of these.
     """
-    # A new object, because JAX keeps what it traces by the function, which may read other values.
+    # A new object: JAX caches what it traces by function, and this one may read other values now.
     _, traced = jax.closure_convert(partial(function), *arguments)
     return bool(traced)
 

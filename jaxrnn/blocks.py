@@ -27,10 +27,10 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
     - If its widest array has more than 16,384 numbers, K I is at most about T H / 2, and K O about
       T H: its inputs take half the memory of all states, its outputs as much as these.
 
-    There is one block in three cases. Up to 512 steps have at most 32,768 numbers in the widest
-    array: one block takes less time, also to compile. The inputs that each block copies are at
-    least four times as large as all states. W_x, whose gradient each block copies, is at least
-    twice as large as all states. Tokens count as I = 0.
+    There is one block if T is at most 512 and the widest array of all steps has at most 32,768
+    numbers: that takes less time, also to compile. So it is if the inputs, which each block copies,
+    are at least four times as large as all states; or if W_x, whose gradient each block copies, is
+    at least twice as large as they. Tokens count as I = 0.
 
     On a GPU a block has about 128 steps, and there is one block if each loop is `one_kernel`.
     """
@@ -169,7 +169,7 @@ def join_blocks(blocks: Tree) -> Tree:
 def enter_at_last(dhs: Array, dh_next: Array, last: Array | None) -> tuple[Array, Array]:
     """dh_t of each step of a block, with dh_next added at step `last`.
 
-    No gradient flows through the steps behind `last`, so that dz_t is 0 there.
+    No gradient flows through the steps after `last`, so that dz_t is 0 there.
     """
     if last is None:
         return dhs, dh_next

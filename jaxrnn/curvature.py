@@ -85,7 +85,7 @@ def gauss_newton(
       structural damping of `damped`.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
@@ -245,7 +245,7 @@ def gauss_newton_product(
       G v, Params in the parameters' dtype, summed over time in float32 at least.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)

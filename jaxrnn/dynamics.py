@@ -61,7 +61,7 @@ def gradient_flow(
       have: use float32.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)

@@ -39,7 +39,7 @@ class FixedPoints(NamedTuple):
       h: the states, (N, H).
       speed: |h - F(h, x)|^2 / 2 at each of them, (N,); 0 at a fixed point.
       jacobian: dF/dh at each of them, (N, H, H).
-      converged: bool (N,), |h - f(z)|^2 / 2 <= tolerance. The others have not converged.
+      converged: bool (N,), |h - f(z)|^2 / 2 <= tolerance.
     """
 
     h: Array
@@ -72,10 +72,10 @@ def fixed_points(
     Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
     trajectories, and means of them, with noise added. No choice of starts is sure to find all. But
     a step of a tanh network maps the cube [-1, 1]^H into itself, so the signs of det(I - dF/dh) at
-    all of them add up to 1 if none is 0 (Lefschetz): another sum shows that some are missing.
+    all of them add up to 1 if none is 0 (Lefschetz): any other sum means that some are missing.
 
     A leak moves no fixed point: search and tolerance are those without one, speeds and Jacobians
-    with it. Derivatives are those of the root, dh = A^{-1} df at a fixed h; elsewhere they are 0.
+    with it. Derivatives are those of the root, dh = A^{-1} df with h held in df; 0 elsewhere.
 
     Starts split by explicit sharding are searched on their own devices. Those split by automatic
     sharding need `jax.shard_map`: under plain `jit` devices wait for one another after each step,

@@ -51,7 +51,7 @@ def step(
       h_t (*batch, H) and y_t (*batch, O), in the parameters' dtype.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
@@ -106,7 +106,7 @@ def hidden_states(
       the mask is False. h_T is h_0 if no step exists.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)
@@ -204,7 +204,7 @@ def sequence_loss(
       L, a scalar, in float32 at least, and h_T (*batch, H).
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)

@@ -91,8 +91,8 @@ def _diagonal_contract(J: Array, dh: Array, dtype: DTypeLike) -> Array:
 
 
 diagonal = Influence(_diagonal_start, _diagonal_advance, _diagonal_contract)
-"""The elements dh_j / dtheta_jn of J_t, (*batch, H, N): SnAp-1 (Menick et al. 2021). For each step,
-O(B H N) memory and time, as the forward pass takes."""
+"""The elements dh_j / dtheta_jn of J_t, (*batch, H, N): SnAp-1 (Menick et al. 2021). O(B H N)
+memory, and for each step O(B H N) time, as the forward pass takes."""
 
 
 class RankOne(NamedTuple):

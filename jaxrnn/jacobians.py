@@ -49,7 +49,7 @@ def jacobian(
       (*batch, H, H), in the parameters' dtype; row i is the derivative of unit i of the next state.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
 
     >>> import jax, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)

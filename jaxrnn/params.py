@@ -59,8 +59,8 @@ def check_params(params: Any) -> None:
 def check_leak(leak: Any, params: Params) -> None:
     """Raises TypeError or ValueError unless leak is None, or in (0, 1], a scalar or (H,).
 
-    Below the dtype's eps, the rounding error of 1 - alpha may be alpha / 4 or more; for the
-    smallest alpha it is 1. The values of a traced array are not checked.
+    Below the dtype's eps, the rounding error of 1 - alpha may be alpha / 4 or more; at the
+    smallest alpha, 1 - alpha is 1. The values of a traced array are not checked.
     """
     if leak is None:
         return

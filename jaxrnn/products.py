@@ -125,7 +125,7 @@ def elementwise_if_small(W_h: Array, h: Array) -> Array | Elementwise:
 
     On a CPU that is with 2 to 32 sequences and 32 to 1,200 multiplications: up to 6 times as fast
     in JAX 0.10, 10 in 0.12. With 2 to 6 sequences of 4 to 7 units they take up to 1.3 times as long
-    in 0.10, which compiles such loops into one kernel with either. One sequence may be one of many
+    in 0.10, which compiles such loops into one kernel either way. One sequence may be one of many
     under vmap, for which a matrix product takes less time.
     """
     B = _sequences(W_h, h)

@@ -137,7 +137,7 @@ def stream_gradient(
       (L, stream), grads: a scalar in float32 at least, the stream after these steps, and Params.
 
     Raises:
-      TypeError, ValueError: a dtype or shape does not fit; the message names the argument;
+      TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument;
         stream.h is called h_0.
 
     >>> import jax, jaxrnn

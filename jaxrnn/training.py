@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       epoch: the number of the epoch, from 1.
-      train_loss: the mean loss of its minibatches, each before its update; NaN if all were skipped.
+      train_loss: the mean loss over the steps of its applied updates, each before it; NaN if none.
       valid_loss: the mean loss on the held-out data after the epoch; without held-out data,
         see `valid` in `fit`.
       skipped: the number of updates skipped, see make_update.
@@ -195,11 +195,11 @@ class _Progress(NamedTuple):
 
     def after(self, row: Evaluation, tolerance: float) -> "_Progress":
         """The progress after one more epoch. min keeps its first argument if the other is NaN."""
-        _, lowest, waited = self
+        _, lowest_applied, waited = self
         if not math.isnan(row.train_loss):  # else no update was applied: max_skipped decides
-            waited = 0 if row.valid_loss < lowest - tolerance else waited + 1
-            lowest = min(lowest, row.valid_loss)
-        return _Progress(min(self.lowest, row.valid_loss), lowest, waited)
+            waited = 0 if row.valid_loss < lowest_applied - tolerance else waited + 1
+            lowest_applied = min(lowest_applied, row.valid_loss)
+        return _Progress(min(self.lowest, row.valid_loss), lowest_applied, waited)
 
 
 def _copy(params: PyTree) -> PyTree:

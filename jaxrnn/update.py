@@ -246,7 +246,7 @@ def make_update(
     Raises:
       TypeError: gradient_fn is not a function, or optimizer neither an optax optimiser nor a
         function; when called, if the state is not a TrainState or the batch not a Batch, or if
-        gradient_fn does not return ((value, h_T), grads), or the rule no new parameters.
+        gradient_fn does not return ((value, h_T), grads), or the rule something else.
 
     >>> from functools import partial
     >>> import jax, jaxrnn

@@ -43,7 +43,7 @@ def check_values(
 
     Warns:
       UserWarning: JAX rounds float64 values to float32; or integer xs, which are tokens, look like
-        features, because all are 0 or 1 and the last axis has I of them.
+        features, because all are 0 or 1 and the last axis has I > 2 of them.
 
     >>> import jax, jax.numpy as jnp, jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), 3, 4, 2)

@@ -17,6 +17,7 @@ from experiments import (
     hessian_free_objective,
     hessian_free_report,
     long_lag_tasks,
+    multi_seed,
     temporal_order,
 )
 from experiments.conjugate_gradients import conjugate_gradients, saved_steps
@@ -200,7 +201,7 @@ def test_the_objective_over_devices_is_that_of_the_whole_batch():
     params = jaxrnn.init(jax.random.key(1), 6, 5, 4, dtype=jnp.float64)
     theta, unravel = ravel_pytree(params)
     v = jnp.asarray(np.random.default_rng(0).standard_normal(theta.shape))
-    mesh = hessian_free_objective.devices_for(16)
+    mesh = multi_seed.devices_for(16, "batch")
     assert mesh.shape["batch"] == 8
 
     def everything(theta, v, batches):

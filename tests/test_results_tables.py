@@ -1,4 +1,4 @@
-"""The tables of experiments/README.md are those of the stored summaries, and so are its commands."""
+"""The tables of experiments/README.md and its commands are those of the stored summaries."""
 
 import importlib
 import json

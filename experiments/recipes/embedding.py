@@ -1,9 +1,9 @@
-"""An embedding before the network and a head behind it: the parameters are one dict.
+"""An embedding before the network and a head after it: the parameters are one dict.
 
     x_t = embedding[token_t]        y_t = W relu(W_y h_t + b_y) + b
 
 W_y and b_y of `Params` are the first layer of the head, W and b its second. Without an embedding,
-`Params` reads a token by itself: it selects a column of W_x.
+a token selects a column of W_x.
 Run: python -m experiments.recipes.embedding
 """
 

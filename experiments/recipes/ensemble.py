@@ -2,8 +2,7 @@
 
 `lax.map` trains the seeds of a device one by one, and `shard_map` runs the devices in parallel. To
 make a device of each CPU core, set `jax_num_cpu_devices` before JAX is first used. `vmap` takes 64
-products of (16, 32) and (32, 32) at each step; on a CPU, XLA runs them at about the speed of one by
-one.
+products of (16, 32) and (32, 32) at each step; on a CPU, XLA runs them about as fast as one by one.
 
 Milliseconds for one update of all 64, minimum / median of 11, interleaved; H 32, T 50, B 16,
 float32, 2 CPU cores (AMD EPYC), JAX 0.10.2, 2026-11-25:

@@ -29,8 +29,8 @@ def rollout(key, params, actor, env_step, length):
 
     Returns the actor after the last step, and (observations, reset, actions, rewards), each
     (length, B, ...). With returns >= 0 of the rewards, the gradient of `make_update` for
-    `Batch(observations, actions, reset=reset, weights=returns)`, from the first actor's h, is the
-    policy gradient (REINFORCE, Williams 1992) divided by the sum of the returns.
+    `Batch(observations, actions, reset=reset, weights=returns)`, from the first actor's h, is
+    minus the policy gradient (REINFORCE, Williams 1992) divided by the sum of the returns.
     """
 
     def body(actor, key):

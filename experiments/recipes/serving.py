@@ -1,7 +1,7 @@
 """A trained network as bytes, served without its Python code.
 
 `jax.export` writes the compiled function with its parameters. T and B are symbols, so that the
-function takes sequences of any length in any number. `unroll` continues from a state, so a stream
+function takes any number of sequences of any length. `unroll` continues from a state, so a stream
 can be sent in pieces. The server needs JAX, and neither jaxrnn nor the parameters.
 Run: python -m experiments.recipes.serving
 """

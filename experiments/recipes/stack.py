@@ -1,6 +1,6 @@
 """A stack of layers: each layer takes the hidden states of the layer below.
 
-The parameters are a list of `Params`, and so is the carried state a list: an h for each layer.
+The parameters are a list of `Params`, the carried state is a list too: an h for each layer.
 Only the top layer has outputs, so the W_y and b_y of the other layers have no rows.
 Run: python -m experiments.recipes.stack
 """
@@ -35,7 +35,7 @@ def unroll_stack(layers, xs, h_0s, *, mask=None, reset=None):
 
 
 def loss(layers, batch, h_0s=None):
-    """(mean loss, h_Ts), as training asks, for any pytree. It does not read `drive`."""
+    """(mean loss, h_Ts), as `fit` expects. It does not read `drive`."""
     h_0s = [None] * len(layers) if h_0s is None else h_0s
     h_Ts, ys = unroll_stack(layers, batch.xs, h_0s, mask=batch.mask, reset=batch.reset)
     return jaxrnn.mean_loss(ys, batch), h_Ts

@@ -3,8 +3,8 @@
     h_t = f(A h_{t-1} + B u_t + b)        y_t = C h_t + d        H is the order of the model
 
 With f = identity this is linear system identification by the simulation error (Ljung 1999), whose
-poles are the eigenvalues of A = W_h. All of the record is one gradient, so a quasi-Newton method
-with a line search converges in some hundred updates, where Adam takes thousands.
+poles are the eigenvalues of A = W_h. The whole record is one gradient, so a quasi-Newton method
+with a line search converges within a hundred updates, where Adam takes thousands.
 Run: python -m experiments.recipes.state_space
 """
 
@@ -20,7 +20,7 @@ from jaxrnn import Batch
 
 
 def stable_init(key, input_size, order, output_size):
-    """Parameters in float64, with all poles at a distance of 0.5 from 0."""
+    """Parameters in float64, with all poles of modulus 0.5."""
     params = jaxrnn.init(key, input_size, order, output_size, dtype=jnp.float64)
     return params._replace(W_h=0.5 * params.W_h)
 
@@ -43,10 +43,11 @@ def poles(params):
 
 def record(key, T, activation=jaxrnn.identity):
     """Inputs, and the outputs of a damped oscillator: poles 0.95 exp(+-0.3 i)."""
-    params = stable_init(key, 1, 2, 1)
+    key_init, key_inputs = jax.random.split(key)
+    params = stable_init(key_init, 1, 2, 1)
     rotation = jnp.array([[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]])
     params = params._replace(W_h=0.95 * rotation)
-    us = jax.random.normal(key, (T, 1), jnp.float64)
+    us = jax.random.normal(key_inputs, (T, 1), jnp.float64)
     return us, jaxrnn.unroll(params, us, activation=activation)[1]
 
 

@@ -20,7 +20,7 @@ def labelled(xs, label) -> Batch:
 
 
 def in_buckets(sequences: list[Batch], padding: float) -> list[Batch]:
-    """Padded batches; the fraction `padding` of each is padding at most. Each shape compiles."""
+    """Padded batches; at most the fraction `padding` of each is padding. Each shape compiles."""
     lengths = [len(sequence.xs) for sequence in sequences]
     found = jaxrnn.buckets(lengths, padding=padding)
     return [jaxrnn.pad([sequences[n] for n in bucket]) for bucket in found]
