@@ -157,10 +157,18 @@ def own_process(
     return process
 
 
+def open_closed_streams() -> None:
+    """Discards what is written to a stream that is closed, as by `>&-`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
 def exit_status(main: Callable[[], object]) -> int:
     """Runs `main`, prints an expected error in one line, and returns the exit status."""
     if signal.getsignal(signal.SIGINT) is experiments.end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # any text prints in any encoding
     try:

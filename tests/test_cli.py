@@ -166,6 +166,21 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (InputError("wrong"), 2)])
+def test_streams_that_are_closed_are_no_error(error, status, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+
+    def speak():
+        print(sys.stdout.isatty(), file=sys.stderr)
+        if error:
+            raise error
+
+    assert cli.exit_status(speak) == status
+    sys.stdout.close()
+    sys.stderr.close()
+
+
 def test_output_survives_any_encoding():
     code = "from experiments import cli; cli.exit_status(lambda: print('1 ± 2 🙂'))"
     done = run_python(code, PYTHONIOENCODING="ascii")

@@ -278,6 +278,15 @@ def test_documents_in_a_stream_have_the_gradient_of_the_documents_alone():
         total = jax.tree.map(lambda a, b: a + b / 3, total, (value, grads))
     assert max(relative_errors(total, expected)) <= AGREEMENT
 
-    parts = documents.side_by_side(stream, 5)
-    np.testing.assert_array_equal(parts.xs[:, 1], stream.xs[2:4])
-    np.testing.assert_array_equal(parts.reset[:, 4], stream.reset[8:10])
+    # The first two steps of the second document do not exist.
+    masks = np.ones(4, bool), np.arange(4) >= 2
+    padded = [run._replace(mask=mask) for run, mask in zip(runs[3:], masks, strict=True)]
+    stream = documents.join(padded)
+    assert np.flatnonzero(stream.reset).tolist() == [0, 6]
+    ys = jaxrnn.unroll(params, stream.xs, mask=stream.mask, reset=stream.reset)[1]
+    alone = jaxrnn.unroll(params, padded[1].xs, mask=padded[1].mask)[1]
+    np.testing.assert_allclose(ys[4:], alone, rtol=1e-12)
+
+    parts = documents.side_by_side(documents.join(runs), 5)
+    np.testing.assert_array_equal(parts.xs[:, 2], runs[3].xs[:2])
+    assert parts.reset[:, 4].tolist() == [True, False]

@@ -15,9 +15,17 @@ from jaxrnn import Batch
 
 
 def join(sequences: list[Batch]) -> Batch:
-    """Joins sequences, each (T_n, ...), end to end, with a reset at the first step of each."""
-    marked = [sequence._replace(reset=np.arange(len(sequence.xs)) == 0) for sequence in sequences]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *marked)
+    """Joins sequences, each (T_n, ...), end to end, with a reset at the first step of each.
+
+    That is the first step that exists, since a reset is not read where the mask is False.
+    """
+
+    def marked(sequence: Batch) -> Batch:
+        exists = np.ones(len(sequence.xs), bool) if sequence.mask is None else sequence.mask
+        return sequence._replace(reset=exists & (np.cumsum(exists) == 1))
+
+    sequences = [marked(sequence) for sequence in sequences]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *sequences)
 
 
 def side_by_side(stream: Batch, N: int) -> Batch:
