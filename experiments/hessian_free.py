@@ -243,9 +243,9 @@ def train_all(config: Config, run: Run, bar: tqdm) -> None:
     state = run.restore(checkpoint(0, init_state(theta, config.damping)))
     for n, (name, T) in enumerate(itertools.product(config.tasks, config.lengths)):
         task = TASKS[name]
-        for row, now in train(config, task, T, run.rows, state.params):
+        for row, latest in train(config, task, T, run.rows, state.params):
             run.log({"step": run.step + 1} | row)
-            state = checkpoint(run.step, now)
+            state = checkpoint(run.step, latest)
             bar.set_description(
                 f"{name}, T {T}, update {row['updates']}: loss {row['new_loss']:.4f}, "
                 f"damping {row['damping']:.1e}, {row['cg_steps']} CG steps"

@@ -167,17 +167,17 @@ def stream_gradient(
 
     def body(carry: Any, inputs: Any) -> tuple[Any, None]:
         stream, sums = carry
-        now, key = inputs
-        x = where_exists(now.mask, now.xs)
-        h_before, J = jax.tree.map(partial(unless_reset, now.reset), stream)
-        z = input_zs(params, x, now.drive, now.mask) + h_before @ params.W_h.T
+        step, key = inputs
+        x = where_exists(step.mask, step.xs)
+        h_before, J = jax.tree.map(partial(unless_reset, step.reset), stream)
+        z = input_zs(params, x, step.drive, step.mask) + h_before @ params.W_h.T
         f_z = activation.f(z)
         f_prime = derivatives(activation, leak, f_z, f_z, lambda: z)
         u = augmented_input(params, x, h_before)
         J = influence.advance(J, params.W_h, f_prime, leak, u, key)
         new = Stream(leaky(leak, h_before, f_z), J)
-        stream = jax.tree.map(partial(hold, now.mask), new, stream)
-        step_sums = step_gradient(params, now, stream, influence, loss)
+        stream = jax.tree.map(partial(hold, step.mask), new, stream)
+        step_sums = step_gradient(params, step, stream, influence, loss)
         return (stream, jax.tree.map(jnp.add, sums, step_sums)), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), params)
@@ -191,10 +191,10 @@ def stream_gradient(
 
 
 def step_gradient(
-    params: Params, now: Batch, stream: Stream, influence: Influence, loss: Loss
+    params: Params, step: Batch, stream: Stream, influence: Influence, loss: Loss
 ) -> tuple[Array, Params]:
     """The loss of one step and its gradient, summed over the batch."""
-    value, dh, (dW_y, db_y) = block_output(params, now, stream.h, loss)
+    value, dh, (dW_y, db_y) = block_output(params, step, stream.h, loss)
     dtheta = influence.contract(stream.influence, dh, value.dtype)
     I = params.W_x.shape[1]
     return value, Params(dtheta[:, :I], dtheta[:, I:-1], dW_y, dtheta[:, -1], db_y)

@@ -212,11 +212,14 @@ def test_the_memory_of_rtrl_does_not_grow_with_T():
 def test_errors_name_the_stream_and_the_key():
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
     batch = Batch(jnp.ones((1, 2)), jnp.zeros(1, int))
-    stream = streams.start_stream(params, jnp.zeros(3), diagonal)
     with pytest.raises(TypeError, match="stream: expected a Stream, got"):
         streams.stream_gradient(params, batch, jnp.zeros(3), influence=diagonal)
-    with pytest.raises(ValueError, match="stream: expected Stream"):
-        streams.stream_gradient(params, batch, stream, influence=full)
+    for given, other in ((diagonal, full), (full, diagonal)):
+        stream = streams.start_stream(params, jnp.zeros(3), given)
+        with pytest.raises(ValueError, match="stream: expected Stream"):
+            streams.stream_gradient(params, batch, stream, influence=other)
+    with pytest.raises(TypeError, match="positional arguments"):
+        streams.stream_gradient(params, batch, stream, full)
     with pytest.raises(ValueError, match=r"h_0: expected shape \(3,\)"):
         streams.start_stream(params, jnp.zeros(2), full)
     stream = streams.start_stream(params, jnp.zeros(3), rank_one)
@@ -232,18 +235,18 @@ FAULTS = {
                             "carried(None, J, f_prime[..., None, N"),
     "h_t for h_{t-1}": ("augmented_input(params, x, h_before)",
                         "augmented_input(params, x, leaky(leak, h_before, f_z))"),
-    "mask ignored in J": ("stream = jax.tree.map(partial(hold, now.mask), new, stream)",
-                          "stream = new._replace(h=hold(now.mask, new.h, stream.h))"),
-    "reset ignored in J": ("jax.tree.map(partial(unless_reset, now.reset), stream)",
-                           "unless_reset(now.reset, stream.h), stream.influence"),
-    "J before the step": ("step_gradient(params, now, stream",
-                          "step_gradient(params, now, Stream(stream.h, carry[0].influence)"),
+    "mask ignored in J": ("stream = jax.tree.map(partial(hold, step.mask), new, stream)",
+                          "stream = new._replace(h=hold(step.mask, new.h, stream.h))"),
+    "reset ignored in J": ("jax.tree.map(partial(unless_reset, step.reset), stream)",
+                           "unless_reset(step.reset, stream.h), stream.influence"),
+    "J before the step": ("step_gradient(params, step, stream",
+                          "step_gradient(params, step, Stream(stream.h, carry[0].influence)"),
     "columns of theta exchanged": ("Params(dtheta[:, :I], ", "Params(dtheta[:, I:-1], "),
-    "weights ignored": ("block_output(params, now,",
-                        "block_output(params, now._replace(weights=None),"),
+    "weights ignored": ("block_output(params, step,",
+                        "block_output(params, step._replace(weights=None),"),
     "divided by all steps": ("weights.sum())", "jnp.asarray(batch.mask.size, dtype))"),
-    "drive left out": ("input_zs(params, x, now.drive, now.mask)",
-                       "input_zs(params, x, None, now.mask)"),
+    "drive left out": ("input_zs(params, x, step.drive, step.mask)",
+                       "input_zs(params, x, None, step.mask)"),
     "a row of W_h for its diagonal": ("jnp.diagonal(W_h)[:, None]", "W_h[0][:, None]"),
     "diagonal without f'": ("f_prime[..., None] * (W_jj", "(W_jj"),
     "signs of the state forgotten": ("RankOne(signs, (signs", "RankOne(abs(signs), (signs"),
