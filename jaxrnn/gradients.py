@@ -149,7 +149,11 @@ def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree
 
     def gradient(theta: PyTree, batch: Any, h_0: PyTree = None, **keywords: Any) -> Any:
         theta = match_varying_axes(theta, (theta, batch, h_0))  # as the gradient does
-        params, pullback = jax.vjp(to_params, theta)
+
+        def varying(theta: PyTree) -> PyTree:  # also the weights that theta does not determine
+            return match_varying_axes(to_params(theta), (theta, batch, h_0))
+
+        params, pullback = jax.vjp(varying, theta)
         checks.check_float_tree("to_params(theta)", params)
         (value, h_T), grads = call_gradient(gradient_fn, params, batch, h_0, **keywords)
         (dtheta,) = pullback(jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params))

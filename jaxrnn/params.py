@@ -50,6 +50,8 @@ def check_params(params: Any) -> None:
             )
     H, I, O = params.W_h.shape[0], params.W_x.shape[1], params.W_y.shape[0]
     checks.check_shape("params.W_h", params.W_h, (H, H), "H, H")
+    if H == 0:
+        raise ValueError("params.W_h: expected at least one unit, got shape (0, 0)")
     checks.check_shape("params.W_x", params.W_x, (H, I), "H, I with H of W_h")
     checks.check_shape("params.W_y", params.W_y, (O, H), "O, H with H of W_h")
     checks.check_shape("params.b_h", params.b_h, (H,), "H of W_h")

@@ -20,9 +20,10 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
 
 
 def replicated(x: Array) -> NamedSharding | None:
-    """On the mesh of x, whole on each device; None unless mesh axes are explicit."""
+    """Of a matrix on the mesh of x, whole on each device; None unless mesh axes are explicit."""
     sharding = explicit_sharding(x)
-    return None if sharding is None else NamedSharding(sharding.mesh, P())
+    # The vmap of a product in JAX 0.10 needs an entry for each axis.
+    return None if sharding is None else NamedSharding(sharding.mesh, P(None, None))
 
 
 def parts(x: Any, axis: int) -> int:
@@ -33,8 +34,10 @@ def parts(x: Any, axis: int) -> int:
 
 def gathered(x: Array) -> Array:
     """x, whole on each device if mesh axes are explicit."""
-    sharding = replicated(x)
-    whole: Array = x if sharding is None else jax.sharding.reshard(x, sharding)
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return x
+    whole: Array = jax.sharding.reshard(x, NamedSharding(sharding.mesh, P()))
     return whole
 
 

@@ -53,6 +53,15 @@ class Tensor:
     dtype, shape, ndim = "torch.float32", (T, B, I), 3
 
 
+class Convertible:
+    """A parameter of a module, such as `nnx.Param`, which JAX converts to an array."""
+
+    dtype, shape, ndim = jnp.dtype(jnp.float32), (H,), 1
+
+    def __jax_array__(self):
+        return jnp.zeros(H)
+
+
 def fit(key=KEY, train=BATCH, **keywords):
     return lambda: jaxrnn.fit(key, PARAMS, train, optimizer=RULE, **keywords)
 
@@ -134,6 +143,10 @@ WRONG = {
     ),
     "b_h too long": (with_params(b_h=zeros(9)), ValueError, r"params.b_h: .*\(5,\).*\(9,\)"),
     "b_y of rank 2": (with_params(b_y=zeros(1, O)), ValueError, r"params.b_y: expected rank 1"),
+    "no unit": (
+        with_params(W_x=zeros(0, I), W_h=zeros(0, 0), W_y=zeros(O, 0), b_h=zeros(0)),
+        ValueError, r"params.W_h: expected at least one unit, got shape \(0, 0\)",
+    ),
     "W_h of rank 3": (with_params(W_h=zeros(1, H, H)), ValueError, r"params.W_h: expected rank 2"),
     "mixed dtypes": (
         with_params(W_y=zeros(O, H, dtype=jnp.bfloat16)),
@@ -149,6 +162,9 @@ WRONG = {
     "step, activation of name": (step(activation="tanh"), TypeError, r"activation: .*got 'tanh'"),
     "xs of list": (unroll(xs=[1.0]), TypeError, r"xs: expected an array, got list"),
     "xs of another library": (unroll(xs=Tensor()), TypeError, r"xs: expected an array.*Tensor"),
+    "a parameter of another library": (
+        with_params(b_h=Convertible()), TypeError, r"params.b_h: expected an array.*Convertible"
+    ),
     "xs of bool": (unroll(xs=XS > 0), TypeError, r"xs: .*floating-point.*got bool"),
     "xs of complex": (unroll(xs=XS + 0j), TypeError, r"xs: .*got complex64"),
     "xs of another I": (unroll(xs=zeros(T, B, 9)), ValueError, r"xs: .*3.*got \(7, 4, 9\)"),

@@ -81,7 +81,7 @@ def with_explicit_sharding():
         "bptt without df": partial(jaxrnn.bptt, activation=jaxrnn.Activation(jax.nn.gelu)),
         "rtrl": partial(jaxrnn.rtrl, **options),
         "snap1": jaxrnn.snap1,
-        "uoro": lambda p, b, h: jaxrnn.uoro(p, b, h, key=jax.random.key(5), **options),
+        "uoro": partial(jaxrnn.uoro, key=jax.random.key(5), **options),
         "online": online,
         "gauss_newton_product": lambda p, b, h: jaxrnn.gauss_newton_product(p, b, p, h, **options),
         "jacobian": jacobians,
@@ -130,6 +130,39 @@ def test_explicit_sharding_gives_the_same_results(name, options, tokens, sets_me
     batch = jax.device_put(case.batch, NamedSharding(mesh, P(None, "batch")))
     with jax.set_mesh(mesh) if sets_mesh else nullcontext():
         assert max(relative_errors(function(params, batch, h_0), expected)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "name",
+    default_and_thorough(["bptt", "snap1"], ["bptt", "rtrl", "snap1", "uoro", "gradient_flow"]),
+)
+@pytest.mark.parametrize("tokens", default_and_thorough([False], [False, True]))
+def test_explicit_sharding_under_vmap(name, tokens):
+    """Over weights, and over tangents of the parameters: no mapped axis is split."""
+    case = random_case(
+        3, dtype=np.float32, T=7, batch_shape=(8,), sizes=(3, 5, 2), loss="cross_entropy",
+        labels=True, mask=True, reset=True, weights=True, drive=True, tokens=tokens, h_0=False,
+    )  # fmt: skip
+    function = with_explicit_sharding()[name]
+
+    @jax.jit
+    def mapped(weights, batch):
+        def value(w, params=case.params):
+            return function(params, batch._replace(weights=w), None)
+
+        def tangent(scale):
+            v = jax.tree.map(lambda leaf: scale * leaf, case.params)
+            return jax.jvp(partial(value, batch.weights), (case.params,), (v,))[1]
+
+        return jax.vmap(value)(weights), jax.vmap(tangent)(jnp.arange(1.0, 4.0))
+
+    weights = jax.random.uniform(jax.random.key(5), (3, 7, 8))
+    expected = mapped(weights, case.batch)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        weights = jax.device_put(weights, NamedSharding(mesh, P(None, None, "batch")))
+        batch = jax.device_put(case.batch, NamedSharding(mesh, P(None, "batch")))
+        assert max(relative_errors(mapped(weights, batch), expected)) <= 1e-5
 
 
 @pytest.mark.parametrize("gradient_fn", [jaxrnn.bptt, None], ids=["bptt", "data_parallel"])
