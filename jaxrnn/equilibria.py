@@ -25,8 +25,8 @@ from jaxrnn.params import Params, as_leak, check_leak, check_params, state_dtype
 from jaxrnn.products import input_zs, per_unit
 from jaxrnn.sharding import match_varying_axes, scalar_as, shard_rows
 
-STEP_SIZES = 0.5 ** np.arange(10)
-"""Multiples of a step that are tried, the largest first."""
+STEP_SIZES = 0.5 ** np.arange(10), 0.5 ** np.arange(12, 30, 3)
+"""Multiples of a step that are tried, the largest first, and those where none of them lowers q."""
 
 SUFFICIENT = 1e-4
 """A step lowers q by at least this share of what the gradient of q predicts (Armijo 1966)."""
@@ -62,12 +62,13 @@ def fixed_points(
 
         r = h - f(z)        q = |r|^2 / 2        A = dr/dh = I - df(z)/dh        dq/dh = A^T r
 
-    Each step takes h to h - s A^{-1} r with the largest s of 1, 1/2, 1/4, ... for which q falls
+    Each step takes h to h - s A^{-1} r with the largest s of 1, 1/2, ..., 1/512 for which q falls
     enough. If A is singular or q falls for no s, it takes a step down the gradient of q instead,
-    h - s c A^T r, where c makes the linear model of r smallest. So q never rises. A search ends one
-    step after q has reached the tolerance, since that step squares a small error; or where q no
-    longer falls, such as at another minimum of q, a slow point (Sussillo and Barak 2013); or after
-    `steps`. `converged` marks those whose q is at most the tolerance.
+    h - s c A^T r, where c makes the linear model of r smallest; and if that fails, either with s
+    down to 2^-27. So q never rises. A search ends one step after q has reached the tolerance, since
+    that step squares a small error; or where q no longer falls, such as at another minimum of q, a
+    slow point (Sussillo and Barak 2013); or after `steps`. `converged` marks those whose q is at
+    most the tolerance.
 
     Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
     trajectories, and means of them, with noise added. No choice of starts is sure to find all. But
@@ -88,7 +89,7 @@ def fixed_points(
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
       steps: the number of steps at most.
-      tolerance: the highest q that counts as converged; float32 rounds q to about 5e-15 H.
+      tolerance: the highest q that counts as converged; float32 rounds q to about 5e-15 |h|^2.
 
     Returns:
       FixedPoints, in the order of the starts and in the parameters' dtype. `distinct` removes
@@ -143,7 +144,7 @@ def _search(
 ) -> Array:
     """The state (H,) at which the search from h (H,) ends, with the derivative of a root of r."""
     residual = partial(_residual, activation, W_h, z_x)
-    sizes = jnp.asarray(STEP_SIZES, h.dtype)[:, None]
+    sizes = [jnp.asarray(some, h.dtype)[:, None] for some in STEP_SIZES]
 
     def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
         n, _, q_before, fell = carry
@@ -157,7 +158,7 @@ def _search(
         gradient = A.T @ r  # dq/dh
         newton = -jnp.linalg.solve(A, r)
         descent = -gradient * _speed(gradient) / _speed(A @ gradient)
-        candidates = jnp.concatenate([sizes * newton[None], sizes * descent[None]])
+        candidates = jnp.concatenate([s * d[None] for s in sizes for d in (newton, descent)])
         predicted = jnp.minimum(candidates @ gradient, 0)
         # A candidate that is not finite gives NaN, which is not below anything.
         falls = _speed(residual(h[None] + candidates)) < q + SUFFICIENT * predicted

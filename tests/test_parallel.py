@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import jaxrnn
 from jaxrnn import Batch
 from tests.conftest import FAST_COMPILATION, default_and_thorough
+from tests.recipe_cases import draw, network
 from tests.reference import plain_loss, random_case, relative_errors
 
 AGREEMENT = 1e-12
@@ -186,3 +187,19 @@ def test_updates_keep_the_states_sharded_and_the_parameters_replicated(mesh):
     assert len(state.h.sharding.device_set) == 8
     assert state.params.W_h.is_fully_replicated
     assert np.isfinite(metrics.loss)
+
+
+@pytest.mark.thorough
+def test_networks_split_over_devices_are_searched_without_communication():
+    mesh = Mesh(jax.devices()[:2], "networks")
+    split = P("networks")
+    networks = [network(n, 2, 5)._replace(W_h=jnp.asarray(draw(n, 5, 5) / 2)) for n in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves).astype(jnp.float32), *networks)
+    starts = jnp.asarray(draw(0, 2, 20, 5), jnp.float32)
+    search = jax.vmap(lambda params, h: jaxrnn.fixed_points(params, h, jnp.zeros(2)))
+    specs = {"in_specs": split, "out_specs": split}
+    searched = jax.jit(jax.shard_map(search, mesh=mesh, **specs))
+    assert "all-reduce" not in searched.lower(stacked, starts).compile().as_text()
+    expected = jax.jit(search)(stacked, starts)
+    assert expected.converged.all()
+    np.testing.assert_allclose(searched(stacked, starts).h, expected.h, atol=1e-5)
