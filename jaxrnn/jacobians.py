@@ -34,7 +34,7 @@ def jacobian(
 
         J = diag(1 - alpha) + diag(alpha f'(z)) W_h        z = W_x x + W_h h + b_h + drive
 
-    The Jacobians along a trajectory, one for each step, are
+    The Jacobians along a trajectory without mask and reset, one for each step, are
     `jacobian(params, jnp.concatenate([h_0[None], hs[:-1]]), xs)`.
 
     Args:
@@ -136,7 +136,8 @@ def lyapunov_exponents(
     recurrent networks Engelken, Wolf, Abbott 2023). Q_0 is a dense orthogonal matrix: from the
     identity, an inactive unit could hide a direction that grows. A largest exponent
     below 0 means that nearby trajectories with the same inputs meet; above 0 that they separate. A
-    transient is left out by starting from the h_T that it ends with.
+    transient is left out by starting from the h_T that it ends with. The directions start from
+    those of Q_0, which adds an error of a few nats divided by T.
 
     Args:
       params: Params.

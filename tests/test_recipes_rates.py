@@ -13,12 +13,13 @@ from experiments.recipes import (
     dales_law,
     low_rank,
     noise,
+    penalties,
     shared_blocks,
     time_constants,
     voltage,
 )
 from tests.recipe_cases import draw, labelled_batch, network
-from tests.reference import plain_loss, relative_errors
+from tests.reference import plain_loss, plain_unroll, relative_errors
 
 AGREEMENT = 1e-12
 
@@ -52,6 +53,27 @@ def test_the_gradient_of_the_time_constants_is_that_of_the_plain_scan():
 
     expected = jax.jit(jax.value_and_grad(plain, has_aux=True))(theta)
     got = jax.jit(time_constants.gradient_fn)(theta, batch)
+    assert max(relative_errors(got, expected)) <= AGREEMENT
+
+
+@pytest.mark.usefixtures("x64")
+def test_penalties_are_those_of_the_states_of_the_plain_scan():
+    params, batch = network(0, 2, 5), jax.tree.map(jnp.asarray, labelled_batch())
+    mask = jnp.ones((6, 4), bool).at[0, 0].set(False).at[4:, 1].set(False)
+    reset, weights = jnp.zeros((6, 4), bool).at[3].set(True), abs(jnp.asarray(draw(1, 6, 4)))
+    batch = batch._replace(mask=mask, reset=reset, weights=weights.at[:, 3].set(0))
+
+    def plain(params):
+        states = params._replace(W_y=jnp.eye(5), b_y=jnp.zeros(5))
+        h_0 = jnp.zeros((4, 5))
+        _, hs = plain_unroll(states, batch.xs, h_0, mask, reset, jaxrnn.softplus, 0.2)
+        counted = batch.weights * mask
+        rates = (counted * (hs**2).sum(axis=-1)).sum() / counted.sum() / 5
+        value, h_T = plain_loss(params, batch, **penalties.OPTIONS)
+        return value + 0.3 * rates + 0.1 * abs(params.W_h).sum(), h_T
+
+    expected = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    got = jax.jit(penalties.penalised(0.3, 0.1))(params, batch)
     assert max(relative_errors(got, expected)) <= AGREEMENT
 
 

@@ -3,8 +3,8 @@
     h_t = (1 - alpha) h_{t-1} + alpha f(W_x x_t + W_h h_{t-1} + b_h + drive_t)
     drive_t ~ normal with standard deviation sigma sqrt(2 / alpha)
 
-For small alpha, the scale makes the variance of a unit without recurrence independent of the time
-step (Yang et al. 2019). A gradient function that takes `key=` may be random:
+For small alpha, a linear unit without recurrence then has the standard deviation sigma, whatever
+the time step (Yang et al. 2019). A gradient function that takes `key=` may be random:
 `fit(gradient_key=...)` calls it with another key at each update, and without a key to evaluate.
 Run: python -m experiments.recipes.noise
 """
