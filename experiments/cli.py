@@ -161,7 +161,7 @@ def open_closed_streams() -> None:
     """Discards what is written to a stream that is closed, as by `>&-`."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115
 
 
 def exit_status(main: Callable[[], object]) -> int:

@@ -13,6 +13,11 @@ from experiments.long_lag_tasks import SOLVED, Task
 Name: TypeAlias = Literal[long_lag_tasks.Name, "subspace"]
 
 
+def check_every(method: Name) -> int:
+    """Updates between checks."""
+    return 20 if method == "subspace" else 500
+
+
 def train_in_subspaces(settings: long_lag_tasks.Config, task: Task, T: int):
     """Trains all networks at once by SOFO; yields as `long_lag_tasks.train`."""
     settings = dataclasses.replace(settings, methods=("tanh",), batch_size=subspace.BATCH_SIZE)
@@ -36,7 +41,7 @@ def train_for(
       T: the sequence length.
       method: the name of the method.
     """
-    every = 20 if method == "subspace" else 500
+    every = check_every(method)
     settings = dataclasses.replace(settings, check_every=every, updates=10**6 * every)
     if method == "subspace":
         checks = train_in_subspaces(settings, task, T)

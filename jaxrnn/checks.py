@@ -49,8 +49,8 @@ def noted(note: str) -> Iterator[None]:
 
 
 def check_array(name: str, x: Any) -> None:
-    """Raises TypeError unless x is an array of JAX or NumPy."""
-    if not isinstance(x, jax.Array | np.ndarray | np.generic):
+    """Raises TypeError unless x is an array of JAX or NumPy, or converts itself to one."""
+    if not isinstance(x, jax.Array | np.ndarray | np.generic) and not hasattr(x, "__jax_array__"):
         kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name}: expected an array, got {kind}")
 

@@ -64,11 +64,11 @@ def fixed_points(
 
     Each step takes h to h - s A^{-1} r with the largest s of 1, 1/2, ..., 1/512 for which q falls
     enough. If A is singular or q falls for no s, it takes a step down the gradient of q instead,
-    h - s c A^T r, where c makes the linear model of r smallest; and if that fails, either with s
-    down to 2^-27. So q never rises. A search ends one step after q has reached the tolerance, since
-    that step squares a small error; or where q no longer falls, such as at another minimum of q, a
-    slow point (Sussillo and Barak 2013); or after `steps`. `converged` marks those whose q is at
-    most the tolerance.
+    h - s c A^T r, where c makes the linear model of r smallest; if that fails too, both with s from
+    2^-12 to 2^-27. So q never rises. A search ends one step after q has reached the tolerance,
+    since that step squares a small error; or where q no longer falls, such as at another minimum of
+    q, a slow point (Sussillo and Barak 2013); or after `steps`. `converged` marks those whose q is
+    at most the tolerance.
 
     Newton's method finds unstable fixed points as well as stable ones. Starts are usually states of
     trajectories, and means of them, with noise added. No choice of starts is sure to find all. But
@@ -89,7 +89,7 @@ def fixed_points(
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,); None is 1.
       steps: the number of steps at most.
-      tolerance: the highest q that counts as converged; float32 rounds q to about 5e-15 |h|^2.
+      tolerance: the highest q that counts as converged; float32 rounds q to at least 5e-15 |h|^2.
 
     Returns:
       FixedPoints, in the order of the starts and in the parameters' dtype. `distinct` removes

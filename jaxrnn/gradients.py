@@ -151,10 +151,11 @@ def reparametrized(gradient_fn: GradientFn, to_params: Callable[[PyTree], PyTree
         theta = match_varying_axes(theta, (theta, batch, h_0))  # as the gradient does
 
         def varying(theta: PyTree) -> PyTree:  # also the weights that theta does not determine
-            return match_varying_axes(to_params(theta), (theta, batch, h_0))
+            params = to_params(theta)
+            checks.check_float_tree("to_params(theta)", params)
+            return match_varying_axes(params, (theta, batch, h_0))
 
         params, pullback = jax.vjp(varying, theta)
-        checks.check_float_tree("to_params(theta)", params)
         (value, h_T), grads = call_gradient(gradient_fn, params, batch, h_0, **keywords)
         (dtheta,) = pullback(jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), grads, params))
         return (value, h_T), dtheta

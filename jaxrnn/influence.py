@@ -66,8 +66,8 @@ def _full_contract(J: Array, dh: Array, dtype: DTypeLike) -> Array:
 
 
 full = Influence(_full_start, _full_advance, _full_contract)
-"""J_t itself, (*batch, H, N, H): real-time recurrent learning (Williams and Zipser 1989). For each
-step, O(B H^2 N) memory and O(B H^3 N) time."""
+"""J_t itself, (*batch, H, N, H): real-time recurrent learning (Williams and Zipser 1989).
+O(B H^2 N) memory, and for each step O(B H^3 N) time."""
 
 
 def _diagonal_start(h: Array, N: int) -> Array:

@@ -137,7 +137,7 @@ def lyapunov_exponents(
     identity, an inactive unit could hide a direction that grows. A largest exponent
     below 0 means that nearby trajectories with the same inputs meet; above 0 that they separate. A
     transient is left out by starting from the h_T that it ends with. The directions start from
-    those of Q_0, which adds an error of a few nats divided by T.
+    those of Q_0, which adds an error of order 1/T.
 
     Args:
       params: Params.

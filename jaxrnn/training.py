@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       epoch: the number of the epoch, from 1.
-      train_loss: the mean loss over the steps of its applied updates, each before it; NaN if none.
+      train_loss: the mean loss over the steps of its applied updates, before each; NaN if none.
       valid_loss: the mean loss on the held-out data after the epoch; without held-out data,
         see `valid` in `fit`.
       skipped: the number of updates skipped, see make_update.

@@ -53,15 +53,6 @@ class Tensor:
     dtype, shape, ndim = "torch.float32", (T, B, I), 3
 
 
-class Convertible:
-    """A parameter of a module, such as `nnx.Param`, which JAX converts to an array."""
-
-    dtype, shape, ndim = jnp.dtype(jnp.float32), (H,), 1
-
-    def __jax_array__(self):
-        return jnp.zeros(H)
-
-
 def fit(key=KEY, train=BATCH, **keywords):
     return lambda: jaxrnn.fit(key, PARAMS, train, optimizer=RULE, **keywords)
 
@@ -162,9 +153,6 @@ WRONG = {
     "step, activation of name": (step(activation="tanh"), TypeError, r"activation: .*got 'tanh'"),
     "xs of list": (unroll(xs=[1.0]), TypeError, r"xs: expected an array, got list"),
     "xs of another library": (unroll(xs=Tensor()), TypeError, r"xs: expected an array.*Tensor"),
-    "a parameter of another library": (
-        with_params(b_h=Convertible()), TypeError, r"params.b_h: expected an array.*Convertible"
-    ),
     "xs of bool": (unroll(xs=XS > 0), TypeError, r"xs: .*floating-point.*got bool"),
     "xs of complex": (unroll(xs=XS + 0j), TypeError, r"xs: .*got complex64"),
     "xs of another I": (unroll(xs=zeros(T, B, 9)), ValueError, r"xs: .*3.*got \(7, 4, 9\)"),

@@ -166,7 +166,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "status"), [(None, 0), (InputError("wrong"), 2)])
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (InputError("no file \udcff"), 2)])
 def test_streams_that_are_closed_are_no_error(error, status, monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)

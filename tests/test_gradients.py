@@ -59,7 +59,7 @@ def batch():
 
 
 FORMS = pytest.mark.parametrize(
-    "to_params", default_and_thorough([frozen], [dale, sparse, low_rank, frozen, shared])
+    "to_params", default_and_thorough([dale, frozen], [dale, sparse, low_rank, frozen, shared])
 )
 
 

@@ -58,19 +58,23 @@ BLOCKS = {
     "temporal_order": BY_COLUMN,
 }
 """The rows and columns of a table in the order of its summary, where that is not row by row."""
-LABELS = r"(?<=\d) of \d+|\d+ diverge|(?:T|H|ρ|t1 =|clipped at|window|Adam,) \d+(?:\.\d+)?"
+LABELS = (
+    r"(?<=\d) of \d+|\d+ diverge|\d+ steps|"
+    r"(?:T|H|ρ|gain|t1 =|clipped at|window|Adam,) \d+(?:\.\d+)?"
+)
+NUMBER = r"\d+(?:\.\d+)?(?: ± \d+(?:\.\d+)?)?"
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
 def test_the_cells_are_the_results_of_the_summary_that_its_command_wrote(name):
     command, rows = documented(name)
     summary = json.loads((EXPERIMENTS / "results" / f"{name}.json").read_text())
-    without_labels = re.sub(LABELS, "", summary["ours"])
-    results = iter(re.findall(r"\d+(?:\.\d+)?(?: ± \d+(?:\.\d+)?)?", without_labels))
-    table = np.array([row if len(rows) == 1 else row[1:] for row in rows])
+    table = np.char.strip(np.array([row if len(rows) == 1 else row[1:] for row in rows]))
+    assert {*table.ravel()} <= {*re.findall(NUMBER, summary["ours"]), "carried", "zeros"}
+    results = iter(re.findall(NUMBER, re.sub(LABELS, "", summary["ours"])))
     for block in BLOCKS.get(name, [(ALL, ALL)]):
-        for cell in np.char.strip(table[block]).ravel():
-            assert cell in results, cell  # behind that of the cell before
+        for cell in table[block].ravel():
+            assert cell in results, cell  # after that of the cell before
     _, _, module, *flags = shlex.split(command)
     config = cli.parse(importlib.import_module(module).Config, flags)
     wanted = {
