@@ -5,8 +5,8 @@ The states solve T equations, h_t = F(h_{t-1}, x_t). Linearised at a guess of al
     h_t = A_t h_{t-1} + b_t        A_t = dF/dh_{t-1}        b_t = F(h_{t-1}, x_t) - A_t h_{t-1}
 
 An associative scan solves these in O(log T) steps, given enough processors, and its solution is the
-next guess. Quasi-DEER (Gonzalez et al. 2024) takes the diagonal of dF/dh for A_t: its scan
-is O(T H) elementwise work instead of O(T H^3), and there are more iterations.
+next guess. Quasi-DEER (Gonzalez et al. 2024) takes the diagonal of dF/dh for A_t: its scan is
+O(T H) elementwise work instead of O(T H^3), and there are more iterations.
 """
 
 from collections.abc import Callable

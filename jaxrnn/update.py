@@ -246,8 +246,8 @@ def make_update(
     Raises:
       TypeError: gradient_fn is not a function, or optimizer neither an optax optimiser nor a
         function; when called, if the state is not a TrainState or the batch not a Batch, or if
-        gradient_fn does not return ((value, h_T), grads), or the rule not
-        parameters of the same shapes and dtypes.
+        gradient_fn does not return ((value, h_T), grads), or the rule not parameters of the same
+        shapes and dtypes.
 
     >>> from functools import partial
     >>> import jax, jaxrnn

@@ -1,6 +1,6 @@
 """A stack of layers: each layer takes the hidden states of the layer below.
 
-The parameters are a list of `Params`, the carried state is a list too: an h for each layer.
+The parameters are a list of `Params`. The carried state is a list too, an h for each layer.
 Only the top layer has outputs, so the W_y and b_y of the other layers have no rows.
 Run: python -m experiments.recipes.stack
 """
