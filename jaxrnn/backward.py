@@ -132,12 +132,10 @@ def block_output_if_any(params: Params, block: Batch, hs: Array, loss: Loss) -> 
     @jax.custom_jvp
     def if_any(params: Params, block: Batch, hs: Array) -> Output:
         counts = (step_weights(block) != 0).any()
-        output: Output = lax.cond(counts, partial(function, params, block), nothing, hs)
-        return output
+        return lax.cond(counts, partial(function, params, block), nothing, hs)
 
     if_any.defjvp(partial(jax.jvp, function))
-    output: Output = if_any(params, block, hs)
-    return output
+    return if_any(params, block, hs)
 
 
 def block_flow(

@@ -75,8 +75,7 @@ def step_weights(batch: Batch, dtype: DTypeLike = jnp.float32) -> Array:
 def divide_by_count(sums: Tree, count: Array) -> Tree:
     """sums / count for each leaf of a pytree; 0 / 0 is 0."""
     count = jnp.where(count == 0, jnp.ones_like(count), count)
-    means: Tree = jax.tree.map(lambda leaf: leaf / count, sums)
-    return means
+    return jax.tree.map(lambda leaf: leaf / count, sums)
 
 
 def scaled_weights(batch: Batch, dtype: DTypeLike) -> tuple[Batch, Array | int]:

@@ -140,8 +140,7 @@ def own_steps(xs: AnyArray, last: Array | None) -> Array:
 
 def steps_from(start: Array, steps: Tree, K: int) -> Tree:
     """K steps of each array, from step `start`."""
-    block: Tree = jax.tree.map(lambda xs: lax.dynamic_slice_in_dim(xs, start, K), steps)
-    return block
+    return jax.tree.map(lambda xs: lax.dynamic_slice_in_dim(xs, start, K), steps)
 
 
 def at_step(t: Array | None, xs: Array) -> Array:
@@ -162,8 +161,7 @@ def join_blocks(blocks: Tree) -> Tree:
 
     If K does not divide T, the steps that two blocks share are there twice.
     """
-    joined: Tree = jax.tree.map(lambda xs: lax.collapse(xs, 0, 2), blocks)
-    return joined
+    return jax.tree.map(lambda xs: lax.collapse(xs, 0, 2), blocks)
 
 
 def enter_at_last(dhs: Array, dh_next: Array, last: Array | None) -> tuple[Array, Array]:

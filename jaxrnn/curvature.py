@@ -118,8 +118,7 @@ def gauss_newton(
         check_direction(v, params)
         _check_structural(structural)
         if T == 0:
-            zeros: Params = jax.tree.map(jnp.zeros_like, v)
-            return zeros
+            return jax.tree.map(jnp.zeros_like, v)
         return _product(network, batch, h_0, K, saved, v, structural)
 
     return product
@@ -165,8 +164,7 @@ def _product(
     h_0_dot, carry = match_varying_axes((h_0_dot, (h_0_dot, zeros)), (h_0, v))
     _, tangents = scan_blocks(forward, h_0_dot, batch, K, saved)
     (_, means), _ = scan_blocks(backward, carry, batch, K, (saved, tangents), reverse=True)
-    Gv: Params = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), means, v)
-    return Gv
+    return jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), means, v)
 
 
 def damped(
@@ -207,8 +205,7 @@ def damped(
 
     def damped_product(v: Params) -> Params:
         Gv = product(v) if structural is None else product(v, structural=damping * structural)
-        total: Params = jax.tree.map(add, Gv, v)
-        return total
+        return jax.tree.map(add, Gv, v)
 
     return damped_product
 

@@ -227,8 +227,7 @@ def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
     while left.size:
         kept.append(left[0])
         left = left[np.linalg.norm(h[left] - h[left[0]], axis=-1) > tolerance]
-    found: FixedPoints = jax.tree.map(lambda leaf: np.asarray(leaf)[np.array(kept, int)], points)
-    return found
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[np.array(kept, int)], points)
 
 
 class Stability(NamedTuple):

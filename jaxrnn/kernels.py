@@ -114,8 +114,7 @@ def step_on_chip(
     inputs = jax.tree.map(
         lambda x: x != 0 if x.dtype == jnp.int32 else x.astype(jnp.float32), inputs
     )
-    result: tuple[Array, Any] = step((OnChip(W_h, transposed), units), carry, inputs)
-    return result
+    return step((OnChip(W_h, transposed), units), carry, inputs)
 
 
 def tile(network: LoopNetwork, inputs: Any, H: int) -> tuple[Any, Any, Any]:
@@ -187,10 +186,7 @@ def loop(
     def accelerated(network: LoopNetwork, carry: Array, inputs: Any) -> tuple[Any, Any]:
         if interpret:
             return kernel(network, carry, inputs)
-        result: tuple[Any, Any] = lax.platform_dependent(
-            network, carry, inputs, cuda=kernel, default=plain
-        )
-        return result
+        return lax.platform_dependent(network, carry, inputs, cuda=kernel, default=plain)
 
     @accelerated.defjvp
     def _(primals: Any, tangents: Any) -> Any:
@@ -261,5 +257,4 @@ def launch(
         ),
         interpret=interpret,
     )
-    result: tuple[Any, Any] = call(network, carry, inputs)
-    return result
+    return call(network, carry, inputs)

@@ -113,8 +113,7 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
                 f"{name}: expected jax_enable_x64 for {array.dtype}, which JAX makes {kept} without"
             )
         if _is_key(leaf):
-            key: Array = jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))
-            return key
+            return jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))
         return jnp.array(array.view(leaf.dtype), copy=True)
 
     leaves = _named_leaves(like)

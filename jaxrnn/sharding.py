@@ -37,8 +37,7 @@ def gathered(x: Array) -> Array:
     sharding = explicit_sharding(x)
     if sharding is None:
         return x
-    whole: Array = jax.sharding.reshard(x, NamedSharding(sharding.mesh, P()))
-    return whole
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, P()))
 
 
 def split_as(like: Array, x: Array) -> Array:
@@ -48,8 +47,7 @@ def split_as(like: Array, x: Array) -> Array:
         return x
     if explicit_sharding(x) is None:  # to reshard x, a mesh would have to be set
         return full_as(like, 0, x.dtype) + x
-    split: Array = jax.sharding.reshard(x, sharding)
-    return split
+    return jax.sharding.reshard(x, sharding)
 
 
 def full_as(like: Array, value: float, dtype: DTypeLike | None = None) -> Array:
@@ -90,8 +88,7 @@ def match_varying_axes(tree: Tree, like: Any) -> Tree:
             leaf = jnp.where(False, mark.astype(leaf.dtype), leaf)
         return leaf
 
-    result: Tree = jax.tree.map(marked, tree)
-    return result
+    return jax.tree.map(marked, tree)
 
 
 def shard_rows(function: Callable[[Any, Any], Tree], shared: Any, rows: Any) -> Tree:
@@ -114,8 +111,7 @@ def shard_rows(function: Callable[[Any, Any], Tree], shared: Any, rows: Any) -> 
         out_specs=spec,
         axis_names=set(explicit_axes(sharding)),
     )
-    result: Tree = mapped(shared, rows)
-    return result
+    return mapped(shared, rows)
 
 
 def explicit_axes(sharding: NamedSharding) -> tuple[Any, ...]:
@@ -135,7 +131,4 @@ def split_automatically(function: Callable[..., Tree], out: Any) -> Callable[...
         return function
     whole = NamedSharding(found[0].mesh, P())
     shardings = jax.tree.map(lambda leaf: explicit_sharding(leaf) or whole, out)
-    automatic: Callable[..., Tree] = jax.sharding.auto_axes(
-        function, axes=explicit_axes(found[0]), out_sharding=shardings
-    )
-    return automatic
+    return jax.sharding.auto_axes(function, axes=explicit_axes(found[0]), out_sharding=shardings)

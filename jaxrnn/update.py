@@ -40,8 +40,7 @@ def sgd(params: PyTree, grads: PyTree, learning_rate: float | Array) -> PyTree:
     def descend(p: Array, d: Array) -> Array:
         return (p - jnp.asarray(learning_rate, p.dtype) * d).astype(p.dtype)
 
-    new: PyTree = jax.tree.map(descend, params, grads)
-    return new
+    return jax.tree.map(descend, params, grads)
 
 
 class TrainState(NamedTuple):
@@ -146,8 +145,7 @@ def init_state(
         opt_state = optimizer.init(params) if _is_optax(optimizer) else ()  # type: ignore[union-attr]
     zero = jnp.zeros((), jnp.int32)
     state = TrainState(zero, params, opt_state, h, skipped=zero, key=key)
-    copy: TrainState = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
-    return copy
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 
 with jax.ensure_compile_time_eval():  # outside of any transformation
@@ -294,7 +292,6 @@ def make_update(
         check_is_batch(batch)
         # A transformation may use the state again, or map something else.
         eager = get_opaque_trace_state() == _EAGER
-        after: tuple[TrainState, Metrics] = (donating if eager else jitted)(state, batch)
-        return after
+        return (donating if eager else jitted)(state, batch)
 
     return donate_unless_traced
