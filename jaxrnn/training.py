@@ -94,8 +94,8 @@ def fit(
         compiled call per epoch; or batches, taken in order each epoch.
       valid: held-out data, a Batch or batches. If None, `valid_loss` is the loss on `train` after
         the epoch if `train` is a Batch or a sequence, and `train_loss` if it is another iterable.
-      optimizer: an optax optimiser, or a rule (params, grads) -> params. Like gradient_fn, it is
-        compiled once per function object, also over several calls of `fit`.
+      optimizer: an optax optimiser, or a rule (params, grads) -> params. Calls of `fit` with the
+        same two objects, gradient_fn and optimizer, share a compilation; the last 8 pairs are kept.
       gradient_fn: `bptt` or a function like it, see `make_update`. Without a key it is
         deterministic, and evaluates the held-out data.
       gradient_key: a key for a random gradient function, for dropout or noise; update n draws from
@@ -112,7 +112,8 @@ def fit(
       callback: called with the Fit after each epoch; it returns None or a bool. Training ends if it
         returns True.
       resume: the Fit to continue from, as a callback received it or `load_fit` returned it. With
-        the same other arguments the result equals that of an uninterrupted run, bit for bit.
+        the same other arguments the result equals that of an uninterrupted run, bit for bit. Of
+        `params` and `gradient_key`, only structure, shapes and dtypes are then read.
 
     Returns:
       Fit.
@@ -185,21 +186,18 @@ class _Progress(NamedTuple):
 
     Attributes:
       lowest: the lowest valid_loss so far.
-      lowest_applied: the same over the epochs that applied an update.
-      waited: how many of these have passed since it improved by the tolerance.
+      waited: the epochs since it fell by more than the tolerance, of those that applied an update.
     """
 
     lowest: float = math.inf
-    lowest_applied: float = math.inf
     waited: int = 0
 
     def after(self, row: Evaluation, tolerance: float) -> "_Progress":
         """The progress after one more epoch. min keeps its first argument if the other is NaN."""
-        _, lowest_applied, waited = self
+        waited = self.waited
         if not math.isnan(row.train_loss):  # else no update was applied: max_skipped decides
-            waited = 0 if row.valid_loss < lowest_applied - tolerance else waited + 1
-            lowest_applied = min(lowest_applied, row.valid_loss)
-        return _Progress(min(self.lowest, row.valid_loss), lowest_applied, waited)
+            waited = 0 if row.valid_loss < self.lowest - tolerance else waited + 1
+        return _Progress(min(self.lowest, row.valid_loss), waited)
 
 
 def _copy(params: PyTree) -> PyTree:
