@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 from jaxrnn import Activation, Batch, Params
-from jaxrnn.batches import AnyArray
+from jaxrnn.params import AnyArray
 
 Gradient = Callable[[Params, Batch], tuple[Any, Params]]
 """(params, batch) -> value, grads."""

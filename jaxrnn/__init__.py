@@ -3,7 +3,7 @@
     z_t = W_x x_t + W_h h_{t-1} + b_h        h_t = f(z_t)                     forward.py
     y_t = W_y h_t + b_y                      y_hat_t = g(y_t)
 
-    dy_t = y_hat_t - target_t                                                 losses.py
+    dy_t = (y_hat_t - target_t) / n                                           losses.py
     dh_t = W_y^T dy_t + W_h^T dz_{t+1}       dz_t = f'(z_t) * dh_t            recurrence.py
     dW_y = sum dy_t h_t^T    dW_x = sum dz_t x_t^T    dW_h = sum dz_t h_{t-1}^T    backward.py
     db_y = sum dy_t          db_h = sum dz_t
@@ -16,13 +16,14 @@ With a leak alpha, the units of a rate network:
     dh_t = W_y^T dy_t + W_h^T dz_{t+1} + (1 - alpha) dh_{t+1}         dz_t = alpha f'(z_t) * dh_t
 
 Shapes: T steps, zero or more batch axes, time first: xs (T, *batch, I), hs (T, *batch, H),
-ys (T, *batch, O). A plural is a trajectory. A leading d is the derivative of the loss.
+ys (T, *batch, O). A plural is a trajectory. A leading d is the derivative of the loss,
+which is the mean over n steps, those that count.
 
 Call the passes under `jax.jit`: outside it, each call compiles its loops again. An `Activation` or
 a `Loss` is not an array: bind it by `functools.partial`, or name it in `static_argnames`.
 """
 
-from jaxrnn import checkpoints, curvature, interop, kernels, online, serialization, streams
+from jaxrnn import checkpoints, curvature, interop, kernels, serialization, streams
 from jaxrnn.activations import Activation, identity, relu, sigmoid, softplus, tanh
 from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch
@@ -86,7 +87,6 @@ __all__ = [
     "make_update",
     "mask_from_lengths",
     "mean_loss",
-    "online",
     "pad",
     "readout",
     "relu",

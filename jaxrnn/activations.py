@@ -16,9 +16,10 @@ from jaxrnn.sharding import full_as
 class Activation(NamedTuple):
     """A pair of pure functions: f, and f' in terms of the value of f.
 
-    The derivative of tanh, ReLU, sigmoid, softplus and identity follows from their value, so the
-    backward pass needs the hidden states and not the pre-activations. For other functions, such as
-    `Activation(jax.nn.gelu)`, autodiff takes f' at pre-activations that are computed again.
+    Five are given: `tanh`, `relu`, `sigmoid`, `softplus` and `identity`. Their derivatives follow
+    from their values, so the backward pass needs the hidden states and not the pre-activations. For
+    other functions, such as `Activation(jax.nn.gelu)`, autodiff takes f' at pre-activations that
+    are computed again.
 
     Attributes:
       f: z -> h = f(z), elementwise at any rank, keeps the dtype.

@@ -1,10 +1,11 @@
 """3. The backward pass: backpropagation through time, by hand (Werbos 1990).
 
-    dy_t = y_hat_t - target_t
+    dy_t = (y_hat_t - target_t) / n
     dh_t = W_y^T dy_t + W_h^T dz_{t+1}        dz_t = f'(z_t) * dh_t        dz_{T+1} = 0
     dW_y = sum dy_t h_t^T        dW_x = sum dz_t x_t^T        dW_h = sum dz_t h_{t-1}^T
     db_y = sum dy_t              db_h = sum dz_t
 
+The loss is the mean over n steps, those that count; the sums of each block are divided by n.
 A leak alpha gives dz_t = alpha f'(z_t) * dh_t, and adds (1 - alpha) dh_{t+1} to dh_t.
 
 A reverse scan gives dh and dz, then one contraction gives each weight's gradient. Both work on one
@@ -18,18 +19,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.batches import (
-    AnyArray,
-    Batch,
-    divide_by_count,
-    scaled_weights,
-    step_weights,
-    where_exists,
-)
+from jaxrnn.batches import Batch, divide_by_count, scaled_weights, step_weights, where_exists
 from jaxrnn.blocks import (
     at_step,
     block_steps,
@@ -40,7 +34,7 @@ from jaxrnn.blocks import (
     scan_blocks,
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, reads_traced_values
-from jaxrnn.params import Params, as_leak, at_least_float32
+from jaxrnn.params import AnyArray, Params, as_leak, at_least_float32
 from jaxrnn.products import input_zs, readout
 from jaxrnn.recurrence import (
     Loop,
@@ -201,7 +195,7 @@ def bptt(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
     checkpoint_every: int | None = None,
     loop: Loop = scan,
@@ -215,9 +209,10 @@ def bptt(
     Args:
       params: Params.
       batch: Batch.
-      h_0: (*batch, H); zeros if None. It gets no gradient; `jax.grad(sequence_loss)` gives one.
+      h_0: (*batch, H); zeros if None. It is not in `grads`; `jax.grad(sequence_loss)` gives its
+        gradient.
       activation: f.
-      leak: alpha in (0, 1], a scalar or (H,); None is 1. Like h_0, it gets no gradient.
+      leak: alpha in (0, 1], a scalar or (H,); None is 1. Like h_0, it is not in `grads`.
       loss: g and the loss l of a step.
       checkpoint_every: K stores only about every K-th state and recomputes the others: one more
         forward pass, and memory proportional to T/K + K instead of T. The spacing is the divisor of
@@ -260,7 +255,7 @@ def bptt(
     batch, _ = scaled_weights(batch, dtype)
     count = step_weights(batch, dtype).sum()
 
-    # On a GPU, a condition waits for the device; under vmap, one over a mesh fails.
+    # On a GPU, a condition waits for the device. A condition over a mesh fails under vmap.
     can_skip = batch.weights is not None and K < T and jax.default_backend() == "cpu"
     can_skip = can_skip and explicit_sharding(h_0) is None
     can_skip = can_skip and not reads_traced_values(loss, params, batch)

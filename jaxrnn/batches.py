@@ -1,19 +1,15 @@
 """Batch: input sequences, their targets, and which steps exist and count."""
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
 from jaxrnn import checks
-from jaxrnn.params import Params
+from jaxrnn.params import AnyArray, Params
 from jaxrnn.sharding import Tree, full_as
-
-AnyArray: TypeAlias = Array | np.ndarray
-"""An array of JAX, or of NumPy, which JAX converts."""
 
 
 class Batch(NamedTuple):
@@ -222,7 +218,7 @@ def check_tokens(params: Params | None, batch: Batch, h_0: Any) -> None:
     ):
         raise ValueError(
             features_message("xs", xs, "T, *batch")
-            + ", or give a mask or h_0 with tokens of this shape"
+            + "; for tokens of this shape, give a mask or h_0"
         )
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array, lax
 
 from jaxrnn import checks
-from jaxrnn.batches import AnyArray, Batch, ones_per_step, per_step, steps_shape
-from jaxrnn.params import Params
+from jaxrnn.batches import Batch, ones_per_step, per_step, steps_shape
+from jaxrnn.params import AnyArray, Params
 from jaxrnn.sharding import Tree, full_as, match_varying_axes
 
 
@@ -28,9 +28,9 @@ def block_steps(params: Params, batch: Batch, one_kernel: bool = False) -> int:
       T H: its inputs take half the memory of all states, its outputs as much as these.
 
     There is one block if T is at most 512 and the widest array of all steps has at most 32,768
-    numbers: that takes less time, also to compile. There is one, too, if the inputs, which each
-    block copies, are at least four times as large as all states, or W_x, whose gradient each block
-    copies, at least twice. Tokens count as I = 0.
+    numbers: that takes less time, also to compile. There is one, too, if the inputs of a block,
+    which are copied, would be at least four times as large as all states, or W_x, whose gradient
+    each block copies, at least twice. Tokens count as I = 0.
 
     On a GPU a block has about 128 steps, and there is one block if each loop is `one_kernel`.
     """

@@ -28,6 +28,11 @@ def is_float(dtype: DTypeLike) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
+def is_key(x: Any) -> bool:
+    """Whether the array holds keys from `jax.random.key`."""
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
 def to_numpy(x: Any) -> np.ndarray:
     """The values of an array; where it spans processes, of all its shards.
 
@@ -48,16 +53,16 @@ def noted(note: str) -> Iterator[None]:
         raise
 
 
-def check_array(name: str, x: Any) -> None:
+def check_array(name: str, x: Any, expected: str = "an array") -> None:
     """Raises TypeError unless x is an array of JAX or NumPy, or converts itself to one."""
     if not isinstance(x, jax.Array | np.ndarray | np.generic) and not hasattr(x, "__jax_array__"):
         kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
-        raise TypeError(f"{name}: expected an array, got {kind}")
+        raise TypeError(f"{name}: expected {expected}, got {kind}")
 
 
-def check_float_array(name: str, x: Any) -> None:
+def check_float_array(name: str, x: Any, expected: str = "an array") -> None:
     """Raises TypeError unless x is an array of floating-point numbers."""
-    check_array(name, x)
+    check_array(name, x, expected)
     if not is_float(x.dtype):
         raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
 
@@ -121,9 +126,9 @@ def check_size(name: str, size: Any, minimum: int = 1) -> None:
 
 def check_key(name: str, key: Any) -> None:
     """Raises TypeError unless key is one key from `jax.random.key`."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key) or key.shape != ():
-        got = repr(key) if dtype is None else f"{dtype} of shape {key.shape}"
+    is_array = hasattr(key, "dtype")
+    if not is_array or not is_key(key) or key.shape != ():
+        got = f"{key.dtype} of shape {key.shape}" if is_array else repr(key)
         raise TypeError(f"{name}: expected one key from jax.random.key, got {got}")
 
 

@@ -14,11 +14,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
-from jaxrnn.batches import AnyArray, Batch, divide_by_count, scaled_weights, step_weights
+from jaxrnn.batches import Batch, divide_by_count, scaled_weights, step_weights
 from jaxrnn.blocks import at_step, block_steps, near_divisor, scan_blocks
 from jaxrnn.linearization import (
     Network,
@@ -27,7 +26,7 @@ from jaxrnn.linearization import (
     linearization_states,
 )
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
-from jaxrnn.params import Params, as_leak, at_least_float32
+from jaxrnn.params import AnyArray, Params, as_leak, at_least_float32
 from jaxrnn.recurrence import initial_state
 from jaxrnn.sharding import full_as, match_varying_axes
 
@@ -56,7 +55,7 @@ def gauss_newton(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
     checkpoint_every: int | None = None,
 ) -> Product:
@@ -114,7 +113,7 @@ def gauss_newton(
 
     saved = scan_blocks(forward, h_0, batch, K)[1] if T else None
 
-    def product(v: Params, structural: ArrayLike | None = None) -> Params:
+    def product(v: Params, structural: float | AnyArray | None = None) -> Params:
         check_direction(v, params)
         _check_structural(structural)
         if T == 0:
@@ -135,7 +134,7 @@ def _product(
     K: int,
     saved: Any,
     v: Params,
-    structural: ArrayLike | None,
+    structural: float | AnyArray | None,
 ) -> Params:
     """G v, from the states before each block and, unless they are None, those within."""
 
@@ -168,7 +167,7 @@ def _product(
 
 
 def damped(
-    product: Product, damping: ArrayLike, structural: ArrayLike | None = None
+    product: Product, damping: float | AnyArray, structural: float | AnyArray | None = None
 ) -> Callable[[Params], Params]:
     """The product with the damped matrix, which conjugate gradients invert.
 
@@ -217,7 +216,7 @@ def gauss_newton_product(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
     checkpoint_every: int | None = None,
 ) -> Params:

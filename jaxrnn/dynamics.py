@@ -7,13 +7,12 @@ train (Hochreiter 1991; Bengio, Simard, Frasconi 1994).
 from typing import NamedTuple
 
 from jax import Array
-from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.backward import block_flow, block_output, block_states
-from jaxrnn.batches import AnyArray, Batch, mean_weights
+from jaxrnn.batches import Batch, mean_weights
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
-from jaxrnn.params import Params, as_leak, at_least_float32
+from jaxrnn.params import AnyArray, Params, as_leak, at_least_float32
 from jaxrnn.recurrence import initial_state
 from jaxrnn.sharding import full_as, match_varying_axes
 
@@ -36,7 +35,7 @@ def gradient_flow(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
 ) -> Flow:
     """dh_t and dz_t of every step, which `bptt` sums and discards (Werbos 1990).

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, tanh
-from jaxrnn.batches import AnyArray, check_input, features_message, steps_shape
+from jaxrnn.batches import check_input, features_message, steps_shape
 from jaxrnn.jacobians import check_factorised_dtype, state_jacobian
-from jaxrnn.params import Params, as_leak, check_leak, check_params, state_dtype
+from jaxrnn.params import AnyArray, Params, as_leak, check_leak, check_params, state_dtype
 from jaxrnn.products import input_zs, per_unit
 from jaxrnn.sharding import match_varying_axes, scalar_as, shard_rows
 
@@ -54,7 +53,7 @@ def fixed_points(
     x: AnyArray,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     steps: int = 100,
     tolerance: float = 1e-12,
 ) -> FixedPoints:
@@ -83,7 +82,7 @@ def fixed_points(
     in which XLA on a CPU can deadlock.
 
     Args:
-      params: Params in float32 or float64.
+      params: Params in float32 or float64. A constant drive is added to b_h.
       h: the starts, (N, H).
       x: the input, (I,) or an integer token (), or one for each start, (N, I) or tokens (N,).
       activation: f.
@@ -93,9 +92,9 @@ def fixed_points(
 
     Returns:
       FixedPoints, in the order of the starts and in the parameters' dtype. `distinct` removes
-      duplicates and points that have not converged. If none is left, look at q, the speed without a
-      leak. If it is slightly above the tolerance, take more steps or float64; if it is far above,
-      other starts.
+      duplicates and points that have not converged. If none is left, look at the speed; with a
+      scalar leak, q is speed / alpha^2. If q is slightly above the tolerance, take more steps or
+      float64; if it is far above, other starts.
 
     Raises:
       TypeError, ValueError: a dtype, shape or setting does not fit; the message names the argument.
@@ -184,8 +183,8 @@ def _search(
 def distinct(points: FixedPoints, tolerance: float) -> FixedPoints:
     """The fixed points that differ from one another, on the host.
 
-    From the lowest speed up, each is kept unless one at most `tolerance` from it is. Points that
-    have not converged are left out; if none has, the result holds no points.
+    From the lowest speed up, each point is kept unless a kept one is within `tolerance` of it.
+    Points that have not converged are left out; if none has, the result holds no points.
 
     Args:
       points: what `fixed_points` returns for one network.
@@ -248,7 +247,7 @@ class Stability(NamedTuple):
     stable: np.ndarray
 
 
-def stability(jacobian: ArrayLike, margin: float = 1e-6) -> Stability:
+def stability(jacobian: AnyArray, margin: float = 1e-6) -> Stability:
     """The eigenvalues of Jacobians and what they say about the fixed points, on the host.
 
     Args:

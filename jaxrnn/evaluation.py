@@ -80,9 +80,10 @@ def evaluate(
       batches: a Batch, or several.
       h_0: the state before the first batch, carried from batch to batch; None starts each batch
         from zeros.
-      loss_fn: (params, batch, h) -> (value, h_T). It is compiled once per function object: create a
-        partial or a lambda outside the loop that evaluates, and assign a bound method to a name,
-        because each access makes a new object. Bind the options used in training, such as
+      loss_fn: (params, batch, h) -> (value, h_T). It is compiled once per function object, and the
+        last 32 are kept: create a partial or a lambda outside the loop that evaluates, and assign a
+        bound method to a name, because each access makes a new object. Bind the options used in
+        training, such as
         `partial(sequence_loss, activation=relu)`.
 
     Returns:

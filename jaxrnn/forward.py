@@ -8,13 +8,12 @@ autodiff derives from it.
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, check_activation, has_traced_values, tanh
-from jaxrnn.batches import AnyArray, Batch, check_sequence, check_step, where_exists
+from jaxrnn.batches import Batch, check_sequence, check_step, where_exists
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy, mean_loss
-from jaxrnn.params import Params, as_leak, check_leak, check_params, state_dtype
+from jaxrnn.params import AnyArray, Params, as_leak, check_leak, check_params, state_dtype
 from jaxrnn.products import input_zs, readout
 from jaxrnn.recurrence import Loop, hoisted_recur, initial_state, leaky, recur, scan
 
@@ -25,7 +24,7 @@ def step(
     x: AnyArray,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     drive: AnyArray | None = None,
 ) -> tuple[Array, Array]:
     """One step of the network (Elman 1990).
@@ -75,7 +74,7 @@ def hidden_states(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     drive: AnyArray | None = None,
     mask: AnyArray | None = None,
     reset: AnyArray | None = None,
@@ -89,7 +88,7 @@ def hidden_states(
     Args:
       params: Params.
       xs: (T, *batch, I), or integer tokens (T, *batch). Integers of three axes or more may be
-        ambiguous: h_0, a mask or a reset of the tokens' shape shows that they are tokens.
+        ambiguous: h_0, drive, a mask or a reset that fits tokens shows that they are tokens.
       h_0: (*batch, H); zeros if None.
       activation: f.
       leak: alpha in (0, 1], a scalar or (H,), such as dt / tau; None is 1, and h_t = f(z_t). In 16
@@ -121,7 +120,7 @@ def hidden_states(
     checks.check_function("loop", loop)
     h_0 = initial_state(params, xs, h_0, (xs, drive, mask, reset, leak))
     zs_x = input_zs(params, xs, drive, mask)
-    # The custom rule has no gradient for values closed over by the activation; autodiff does.
+    # The custom rule has no gradient for values closed over by the activation; autodiff has one.
     arguments = activation, params.W_h, zs_x, h_0, as_leak(params, leak), mask, reset
     traced = has_traced_values(activation.f, jax.ShapeDtypeStruct((1, 2), params.W_h.dtype))
     hs = recur(*arguments, loop)[0] if traced else hoisted_recur(loop, *arguments)
@@ -135,7 +134,7 @@ def unroll(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     drive: AnyArray | None = None,
     mask: AnyArray | None = None,
     reset: AnyArray | None = None,
@@ -179,7 +178,7 @@ def sequence_loss(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
     loop: Loop = scan,
 ) -> tuple[Array, Array]:
@@ -214,7 +213,7 @@ def sequence_loss(
     ((), (4, 5))
     """
     check_loss_arguments(params, batch, h_0, activation, leak, loss)
-    h_0 = initial_state(params, batch.xs, h_0, (batch, leak))  # its batch axes are those of tokens
+    h_0 = initial_state(params, batch.xs, h_0, (batch, leak))  # its shape tells tokens apart
     h_T, hs = hidden_states(
         params,
         batch.xs,

@@ -32,6 +32,15 @@ def augmented_input(params: Params, x: Array, h_before: Array) -> Array:
 class Influence(NamedTuple):
     """A way to carry J_t: three pure functions and a flag.
 
+    Three are given, each O(B) times as much for B sequences:
+
+        full        J_t itself, (*batch, H, N, H): real-time recurrent learning (Williams and
+                    Zipser 1989). Memory O(H^2 N), time of a step O(H^3 N).
+        diagonal    the elements dh_j / dtheta_jn of J_t, (*batch, H, N): SnAp-1 (Menick et al.
+                    2021). Memory and time of a step O(H N), as of the forward pass.
+        rank_one    a random matrix of rank one whose mean is J_t: UORO (Tallec and Ollivier 2018).
+                    Memory and time of a step O(H N).
+
     Attributes:
       start: (h, N) -> J_0 = 0, for a state h (*batch, H).
       advance: (J, W_h, f_prime, leak, u, key) -> J_t from J = J_{t-1}, with f_prime (*batch, H)
@@ -66,8 +75,6 @@ def _full_contract(J: Array, dh: Array, dtype: DTypeLike) -> Array:
 
 
 full = Influence(_full_start, _full_advance, _full_contract)
-"""J_t itself, (*batch, H, N, H): real-time recurrent learning (Williams and Zipser 1989).
-O(B H^2 N) memory, and for each step O(B H^3 N) time."""
 
 
 def _diagonal_start(h: Array, N: int) -> Array:
@@ -91,8 +98,6 @@ def _diagonal_contract(J: Array, dh: Array, dtype: DTypeLike) -> Array:
 
 
 diagonal = Influence(_diagonal_start, _diagonal_advance, _diagonal_contract)
-"""The elements dh_j / dtheta_jn of J_t, (*batch, H, N): SnAp-1 (Menick et al. 2021). O(B H N)
-memory, and for each step O(B H N) time, as the forward pass takes."""
 
 
 class RankOne(NamedTuple):
@@ -142,5 +147,3 @@ def _rank_one_contract(J: RankOne, dh: Array, dtype: DTypeLike) -> Array:
 
 
 rank_one = Influence(_rank_one_start, _rank_one_advance, _rank_one_contract, random=True)
-"""A random matrix of rank one whose mean is J_t: UORO (Tallec and Ollivier 2018). O(B H N) memory
-and time for each step."""

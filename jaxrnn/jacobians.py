@@ -9,13 +9,12 @@ Autodiff takes f', so f may be any elementwise function.
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, autodiff_f_prime, check_activation, tanh
-from jaxrnn.batches import AnyArray, check_sequence, check_step
+from jaxrnn.batches import check_sequence, check_step
 from jaxrnn.forward import hidden_states
-from jaxrnn.params import Params, as_leak, check_leak, check_params, state_dtype
+from jaxrnn.params import AnyArray, Params, as_leak, check_leak, check_params, state_dtype
 from jaxrnn.products import input_zs, per_unit
 from jaxrnn.recurrence import initial_state, previous
 from jaxrnn.sharding import full_as, match_varying_axes, split_automatically
@@ -27,7 +26,7 @@ def jacobian(
     x: AnyArray,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     drive: AnyArray | None = None,
 ) -> Array:
     """The derivative of the next state F(h, x) with respect to the state, dF/dh at any states h.
@@ -125,7 +124,7 @@ def lyapunov_exponents(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     drive: AnyArray | None = None,
 ) -> Array:
     """The mean growth per step, in nats, of perturbations of the state along a trajectory.

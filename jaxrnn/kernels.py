@@ -42,9 +42,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxrnn.recurrence import scan
+from jaxrnn.recurrence import LoopNetwork, scan
 from jaxrnn.sharding import explicit_sharding
-from jaxrnn.tiles import SEQUENCES, LoopNetwork, in_pieces, with_flat_batch, with_whole_tiles
+from jaxrnn.tiles import SEQUENCES, in_pieces, with_flat_batch, with_whole_tiles
 
 __all__ = ["loop"]
 
@@ -162,12 +162,12 @@ def loop(
     It is the argument `loop` of `hidden_states`, `unroll`, `sequence_loss` and `bptt`.
 
     Args:
-      step, network, carry, inputs, reverse: as for `recurrence.scan`.
+      step, network, carry, inputs, reverse: given by the function that runs the loop.
       interpret: run the kernel by Pallas's interpreter, on any platform: slow, for tests.
       num_warps: the threads of a block, divided by 32. None chooses.
 
     Returns:
-      What `recurrence.scan` returns.
+      The last carry, and the outputs of all steps.
 
     >>> import jaxrnn
     >>> params = jaxrnn.init(jax.random.key(0), input_size=3, hidden_size=5, output_size=2)

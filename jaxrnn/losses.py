@@ -1,8 +1,4 @@
-"""Three losses, each with its output function g.
-
-A Loss holds g, the loss and its derivative together. For a matched pair of g and loss,
-dl/dy = g(y) - target, where y is the output before g.
-"""
+"""Three losses, each with its output function g."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,12 +10,24 @@ from jax.typing import DTypeLike
 
 from jaxrnn import checks
 from jaxrnn.activations import check_activation, has_traced_values, identity, sigmoid
-from jaxrnn.batches import AnyArray, Batch, check_batch, mean_weights, steps_shape, where_exists
-from jaxrnn.params import Params, at_least_float32, check_leak, check_params
+from jaxrnn.batches import Batch, check_batch, mean_weights, steps_shape, where_exists
+from jaxrnn.params import AnyArray, Params, at_least_float32, check_leak, check_params
 
 
 class Loss(NamedTuple):
     """The output function g, the loss of one step, and its derivative with respect to y.
+
+    Three are given. In each, g and the loss match: dl/dy = y_hat - target, where y is the output
+    before g.
+
+        cross_entropy           g = softmax     l = -sum_o target_o log y_hat_o
+        squared_error           g = identity    l = sum_o (y_o - target_o)^2 / 2
+        binary_cross_entropy    g = sigmoid     l = -sum_o [target_o log y_hat_o
+                                                            + (1 - target_o) log(1 - y_hat_o)]
+
+    Targets are (*batch, O): distributions, numbers, and numbers in [0, 1]. For `cross_entropy` they
+    may be integer labels (*batch,), y must be finite, and with distributions whose sum is not 1,
+    dl/dy is (sum_o target_o) y_hat - target.
 
     Attributes:
       g: y (*batch, O) -> y_hat (*batch, O).
@@ -123,17 +131,10 @@ def _binary_cross_entropy_error(y: Array, target: Array) -> Array:
 
 
 cross_entropy = Loss(g=_softmax, value=_cross_entropy, error=_cross_entropy_error)
-"""g = softmax, l = -sum_o target_o log y_hat_o, y finite; targets are integer labels (*batch,) or
-distributions (*batch, O). With rows whose sum is not 1, dl/dy = (sum_o target_o) y_hat - target."""
-
 squared_error = Loss(g=identity.f, value=_squared_error, error=_squared_error_error)
-"""g = identity, l = sum_o (y_o - target_o)^2 / 2; targets (*batch, O)."""
-
 binary_cross_entropy = Loss(
     g=sigmoid.f, value=_binary_cross_entropy, error=_binary_cross_entropy_error
 )
-"""g = sigmoid, l = -sum_o [target_o log y_hat_o + (1 - target_o) log(1 - y_hat_o)]; targets
-(*batch, O) in [0, 1]."""
 
 
 def mean_loss(ys: AnyArray, batch: Batch, loss: Loss = cross_entropy) -> Array:

@@ -8,14 +8,13 @@ its diagonal, `uoro` a random matrix of rank one; see influence.py.
 """
 
 from jax import Array
-from jax.typing import ArrayLike
 
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.backward import bptt
-from jaxrnn.batches import AnyArray, Batch
+from jaxrnn.batches import Batch
 from jaxrnn.influence import Influence, diagonal, full, rank_one
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
-from jaxrnn.params import Params
+from jaxrnn.params import AnyArray, Params
 from jaxrnn.recurrence import initial_state
 from jaxrnn.streams import start_stream, stream_gradient
 
@@ -28,7 +27,7 @@ def sequence_gradient(
     h_0: AnyArray | None,
     influence: Influence,
     activation: Activation,
-    leak: ArrayLike | None,
+    leak: float | AnyArray | None,
     loss: Loss,
     key: Array | None = None,
 ) -> tuple[tuple[Array, Array], Params]:
@@ -49,7 +48,7 @@ def rtrl(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
 ) -> tuple[tuple[Array, Array], Params]:
     """The gradient by real-time recurrent learning (Williams and Zipser 1989).
@@ -83,7 +82,7 @@ def snap1(
     h_0: AnyArray | None = None,
     *,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
 ) -> tuple[tuple[Array, Array], Params]:
     """The diagonal approximation of `rtrl`, SnAp-1 (Menick et al. 2021).
@@ -115,7 +114,7 @@ def uoro(
     *,
     key: Array | None = None,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
 ) -> tuple[tuple[Array, Array], Params]:
     """A random gradient whose mean over keys is the gradient: UORO (Tallec and Ollivier 2018).

@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jaxrnn import checks
+
+AnyArray: TypeAlias = Array | np.ndarray
+"""An array of JAX, or of NumPy, which JAX converts."""
 
 Initializer: TypeAlias = Callable[..., Array]
 
@@ -67,7 +70,7 @@ def check_leak(leak: Any, params: Params) -> None:
     if leak is None:
         return
     if isinstance(leak, bool) or not isinstance(leak, float | int):
-        checks.check_float_array("leak", leak)
+        checks.check_float_array("leak", leak, "a number or an array")
     shape, H = np.shape(leak), params.W_h.shape[0]
     if shape not in ((), (H,)):
         raise ValueError(f"leak: expected a scalar or shape ({H},) (H of W_h), got {shape}")
@@ -90,7 +93,7 @@ def state_dtype(params: Params) -> jnp.dtype:
     return jax.dtypes.canonicalize_dtype(params.W_h.dtype)
 
 
-def as_leak(params: Params, leak: ArrayLike | None) -> Array | None:
+def as_leak(params: Params, leak: float | AnyArray | None) -> Array | None:
     """The leak as an array of the parameters' dtype."""
     return None if leak is None else jnp.asarray(leak, state_dtype(params))
 
@@ -157,8 +160,8 @@ def init(
       Params.
 
     Raises:
-      TypeError: a size is not an integer, the key is not a key, W_h_init is not a function, or the
-        dtype is not a float.
+      TypeError: a size is not an integer, the key is not a key, W_h_init is not a function that
+        returns floats, or the dtype is not a float.
       ValueError: a size is below 1, or W_h_init returns another shape.
 
     >>> import jax, jaxrnn

@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrnn import checks
-from jaxrnn.batches import AnyArray, where_exists
-from jaxrnn.params import Params, at_least_float32
+from jaxrnn.batches import where_exists
+from jaxrnn.params import AnyArray, Params, at_least_float32
 from jaxrnn.sharding import explicit_sharding
 
 

@@ -26,8 +26,8 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jaxrnn.activations import Activation, autodiff_f_prime
-from jaxrnn.batches import AnyArray, per_step, steps_shape, where_exists
-from jaxrnn.params import Params
+from jaxrnn.batches import per_step, steps_shape, where_exists
+from jaxrnn.params import AnyArray, Params
 from jaxrnn.products import (
     LoopMatrix,
     elementwise_if_small,
@@ -40,6 +40,9 @@ from jaxrnn.sharding import full_as, match_varying_axes, split_as
 Loop: TypeAlias = Callable[..., tuple[Any, Any]]
 """A function that applies a step at all steps; `scan` defines its arguments and results."""
 
+LoopNetwork: TypeAlias = tuple[Array, tuple[Array | None, Array | None]]
+"""What each step reads: W_h (H, H), and b_h (H,) and alpha () or (H,), or None."""
+
 
 def scan_unroll() -> int:
     """Steps unrolled in the body of a loop over time. A GPU idles between two iterations."""
@@ -48,7 +51,7 @@ def scan_unroll() -> int:
 
 def scan(
     step: Callable[..., tuple[Any, Any]],
-    network: tuple[Array, tuple[Array | None, Array | None]],
+    network: LoopNetwork,
     carry: Array,
     inputs: Any,
     *,
@@ -58,7 +61,7 @@ def scan(
 
     Args:
       step: a pure function.
-      network: W_h (H, H), and b_h and alpha or None, which all steps read.
+      network: W_h, and b_h and alpha or None.
       carry: (*batch, H), what passes from step to step.
       inputs: a pytree of (T, *batch, H) numbers and (T, *batch) flags.
       reverse: from the last step to the first.
@@ -67,8 +70,7 @@ def scan(
       The last carry, and the outputs of all steps, (T, *batch, H).
     """
     W_h, units = network
-    network_in_loop = in_fast_layout(W_h, carry, reverse=reverse), units
-    body = partial(step, network_in_loop)
+    body = partial(step, (in_fast_layout(W_h, carry, reverse=reverse), units))
     return lax.scan(body, carry, inputs, reverse=reverse, unroll=scan_unroll())
 
 
@@ -110,8 +112,7 @@ def initial_state(params: Params, xs: AnyArray, h_0: AnyArray | None, others: An
     unread = full_as(jnp.asarray(xs), 0)  # the values of xs may be NaN where the mask is False
     z_x = input_product(params, unread[0]) if xs.shape[0] else jnp.zeros(shape)
     h_0 = full_as(z_x, 0) if h_0 is None else split_as(z_x, jnp.asarray(h_0))
-    h_0 = h_0.astype(params.W_h.dtype)
-    return match_varying_axes(h_0, (params, others))
+    return match_varying_axes(h_0.astype(params.W_h.dtype), (params, others))
 
 
 def recur(
@@ -193,8 +194,7 @@ def reverse_scan(
         dh_next = hold(valid, unless_reset(reset_t, dh_before), dh)
         return dh_next, (dh, dz)
 
-    inputs = dhs_y, f_primes, mask, reset
-    return loop(step, (W_h, (None, leak)), dh_next, inputs, reverse=True)
+    return loop(step, (W_h, (None, leak)), dh_next, (dhs_y, f_primes, mask, reset), reverse=True)
 
 
 def tangent_scan(

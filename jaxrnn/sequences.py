@@ -9,7 +9,8 @@ import numpy as np
 from jax import Array, export
 
 from jaxrnn import checks
-from jaxrnn.batches import AnyArray, Batch, check_batch, check_flags, check_is_batch, steps_shape
+from jaxrnn.batches import Batch, check_batch, check_flags, check_is_batch, steps_shape
+from jaxrnn.params import AnyArray
 from jaxrnn.sharding import gathered
 
 

@@ -21,10 +21,6 @@ from jaxrnn.update import Optimizer, init_state
 __all__ = ["from_arrays", "load_fit", "save_fit", "to_arrays"]
 
 
-def _is_key(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-
-
 def _is_extension(dtype: DTypeLike) -> bool:
     """Whether NumPy lacks the dtype, such as bfloat16. It is stored as unsigned integers."""
     return np.dtype(dtype).isbuiltin == 2
@@ -36,7 +32,7 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
     for path, leaf in jax.tree.leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator=".") or "leaf"
         checks.check_array(name, leaf)
-        if _is_key(leaf) or _is_extension(leaf.dtype):
+        if checks.is_key(leaf) or _is_extension(leaf.dtype):
             name = f"{name}:{leaf.dtype}"
         if name in leaves:
             raise ValueError(f"tree: expected a name for each leaf, got two of {name}")
@@ -65,7 +61,7 @@ def to_arrays(tree: PyTree) -> dict[str, np.ndarray]:
     """
 
     def to_numpy(leaf: Any) -> np.ndarray:
-        if _is_key(leaf):
+        if checks.is_key(leaf):
             leaf = jax.random.key_data(leaf)
         array = np.array(checks.to_numpy(leaf))
         return array.view(f"u{array.itemsize}") if _is_extension(array.dtype) else array
@@ -98,7 +94,7 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
         if name not in arrays:
             raise CheckpointError(f"{name}: expected an array of that name, got {sorted(arrays)}")
         array = arrays[name]
-        stored: Any = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        stored: Any = jax.eval_shape(jax.random.key_data, leaf) if checks.is_key(leaf) else leaf
         dtype = np.dtype(stored.dtype)
         if _is_extension(dtype):
             dtype = np.dtype(f"u{dtype.itemsize}")
@@ -112,7 +108,7 @@ def from_arrays(like: PyTree, arrays: Mapping[str, np.ndarray]) -> PyTree:
             raise CheckpointError(
                 f"{name}: expected jax_enable_x64 for {array.dtype}, which JAX makes {kept} without"
             )
-        if _is_key(leaf):
+        if checks.is_key(leaf):
             return jax.random.wrap_key_data(jnp.array(array), impl=jax.random.key_impl(leaf))
         return jnp.array(array.view(leaf.dtype), copy=True)
 
@@ -138,8 +134,8 @@ def save_fit(folder: str | os.PathLike[str], result: Fit, *, keep: int = 2) -> N
         the file cannot be written.
       OSError: the folder cannot be created.
       TypeError: result is not a Fit, or keep not an integer.
-      ValueError: keep is below 1; or a path in the pytree has a space, / or \\, or is longer than
-        200 characters.
+      ValueError: keep is below 1; two paths in the pytree are equal; or one is not 1 to 200
+        printable ASCII characters without space, / and \\.
     """
     if not isinstance(result, Fit):
         raise TypeError(f"result: expected a Fit, got {type(result).__name__}")

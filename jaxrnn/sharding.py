@@ -20,7 +20,7 @@ def explicit_sharding(x: Array) -> NamedSharding | None:
 
 
 def replicated(x: Array) -> NamedSharding | None:
-    """Of a matrix on the mesh of x, whole on each device; None unless mesh axes are explicit."""
+    """The sharding of a matrix whole on each device of x's mesh; None unless axes are explicit."""
     sharding = explicit_sharding(x)
     # The vmap of a product in JAX 0.10 needs an entry for each axis.
     return None if sharding is None else NamedSharding(sharding.mesh, P(None, None))

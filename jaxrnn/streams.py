@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, tanh
 from jaxrnn.backward import block_output
 from jaxrnn.batches import (
-    AnyArray,
     Batch,
     divide_by_count,
     per_step,
@@ -22,7 +20,7 @@ from jaxrnn.batches import (
 )
 from jaxrnn.influence import Influence, augmented_input, diagonal, full, rank_one
 from jaxrnn.losses import Loss, check_loss_arguments, cross_entropy
-from jaxrnn.params import Params, as_leak, at_least_float32, check_params
+from jaxrnn.params import AnyArray, Params, as_leak, at_least_float32, check_params
 from jaxrnn.products import input_zs
 from jaxrnn.recurrence import (
     derivatives,
@@ -108,7 +106,7 @@ def stream_gradient(
     influence: Influence,
     key: Array | None = None,
     activation: Activation = tanh,
-    leak: ArrayLike | None = None,
+    leak: float | AnyArray | None = None,
     loss: Loss = cross_entropy,
 ) -> tuple[tuple[Array, Stream], Params]:
     """The loss and the gradient of the next steps of a stream, usually one.

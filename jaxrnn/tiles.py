@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
 
-LoopNetwork: TypeAlias = tuple[Array, tuple[Array | None, Array | None]]
-"""W_h, and the numbers of each unit: b_h and alpha, or None."""
+from jaxrnn.recurrence import LoopNetwork
 
 Run: TypeAlias = Callable[[Any, Array, Any], tuple[Array, Any]]
 """(network, carry, inputs) -> the last carry, and the outputs of all steps."""

@@ -209,6 +209,7 @@ def _in_range(after: PyTree, before: PyTree) -> Array:
 def _select(condition: Array, new: Array, old: Array) -> Array:
     """new or old, in the dtype of the old: some optimisers widen their state."""
     new, old = jnp.asarray(new), jnp.asarray(old)
+    # A key has no astype.
     return jnp.where(condition, new if new.dtype == old.dtype else new.astype(old.dtype), old)
 
 

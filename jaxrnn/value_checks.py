@@ -68,7 +68,7 @@ def check_values(
         for path, leaf in jax.tree.leaves_with_path(tree):
             place = name + jax.tree_util.keystr(path)
             checks.check_array(place, leaf)
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # a state may hold one
+            if checks.is_key(leaf):  # a state may hold one
                 continue
             _check_numbers(place, checks.to_numpy(leaf), dtype=used_in.get(name))
 

@@ -190,11 +190,11 @@ def test_a_leak_splits_over_devices():
         (0.0, ValueError, r"leak: expected values in \(0, 1\], got 0.0"),
         (1.5, ValueError, r"leak: expected values in \(0, 1\], got 1.5"),
         (float("nan"), ValueError, r"leak: expected values in \(0, 1\], got nan"),
-        (True, TypeError, "leak: expected an array, got bool"),
+        (True, TypeError, "leak: expected a number or an array, got bool"),
         (np.ones(3), ValueError, r"leak: expected a scalar or shape \(5,\) .*, got \(3,\)"),
         (jnp.array([0.5, 0.5, -0.1, 1, 1]), ValueError, r"leak: expected values in \(0, 1\]"),
         (jnp.array(1), TypeError, "leak: expected a floating-point dtype, got int32"),
-        ("0.5", TypeError, "leak: expected an array, got str"),
+        ("0.5", TypeError, "leak: expected a number or an array, got str"),
     ],
 )  # fmt: skip
 def test_a_wrong_leak_is_an_error(leak, error, message):
