@@ -9,6 +9,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Batch, streams
+from jaxrnn.influence import RankOne
 from tests.reference import relative_errors
 
 
@@ -86,3 +87,20 @@ def test_what_is_no_influence_is_named(influence, params, batch):
         streams.stream_gradient(params, batch, stream, influence=influence)
     with pytest.raises(TypeError, match=r"^params: expected Params, got int$"):
         streams.stream_gradient(3, batch, stream, influence=streams.full)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_step_of_rank_one_has_the_mean_of_a_step_of_the_whole_influence():
+    """Over all signs: the keys draw each of the 2^H vectors, and each is counted once."""
+    rng = np.random.default_rng(0)
+    H, N, leak = 3, 7, jnp.array(0.3)
+    W_h, f_prime, a, u, b = (
+        jnp.asarray(rng.standard_normal(shape)) for shape in ((H, H), (H,), (H,), (N,), (H, N))
+    )
+    keys = jax.random.split(jax.random.key(0), 100)
+    J = RankOne(a, b)
+    draws = jax.vmap(lambda key: streams.rank_one.advance(J, W_h, f_prime, leak, u, key))(keys)
+    outer = np.unique(np.einsum("ki,kjn->kjni", *draws).round(12), axis=0)
+    assert len(outer) == 2**H
+    whole = streams.full.advance(jnp.einsum("i,jn->jni", a, b), W_h, f_prime, leak, u, None)
+    np.testing.assert_allclose(outer.mean(axis=0), whole, atol=1e-10)
