@@ -169,6 +169,13 @@ WRONG = {
     "reset too short": (unroll(reset=jnp.ones((T - 1, B), bool)), ValueError, r"reset: .*\(6, 4\)"),
     "batch of tuple": (sequence_loss((XS, LABELS)), TypeError, r"batch: expected Batch.*got tuple"),
     "loss of name": (sequence_loss(loss="mse"), TypeError, r"loss: expected a Loss.*got 'mse'"),
+    "loss without g": (
+        sequence_loss(loss=jaxrnn.squared_error._replace(g=None)), TypeError, r"loss: expected a L"
+    ),
+    "jacobian, drive of another H": (
+        lambda: jaxrnn.jacobian(PARAMS, zeros(B, H), zeros(B, I), drive=zeros(B, 9)),
+        ValueError, r"drive: expected shape \(4, 5\).*got \(4, 9\)",
+    ),
     "targets too short": (bptt(targets=LABELS[1:]), ValueError, r"targets: .*\(7, 4\).*\(6, 4\)"),
     "targets without batch": (bptt(targets=LABELS[:, 0]), ValueError, r"targets: .*got \(7,\)"),
     "targets None": (bptt(targets=None), TypeError, r"targets: expected an array, got NoneType"),

@@ -13,6 +13,7 @@ def test_weights_have_the_documented_scales_and_biases_are_zero():
     params = jaxrnn.init(jax.random.key(0), 300, 400, 200)
     assert np.std(params.W_x) == pytest.approx(300**-0.5, rel=0.02)
     assert np.std(params.W_y) == pytest.approx(400**-0.5, rel=0.02)
+    assert np.abs(params.W_x).max() > 4 * 300**-0.5  # normal numbers, which are not truncated
     assert not params.b_h.any()
     assert not params.b_y.any()
 
@@ -37,7 +38,9 @@ def test_weights_are_independent_and_determined_by_the_key():
     for name in ("W_x", "W_h", "W_y"):
         assert (getattr(a, name) == getattr(b, name)).all()
         assert not (getattr(a, name) == getattr(other, name)).any()
-    assert not (a.W_x == a.W_y).any()
+    W_h_init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+    W_x, W_h, W_y, *_ = jaxrnn.init(jax.random.key(7), 8, 8, 8, W_h_init=W_h_init)
+    assert not ((W_x == W_y) | (W_x == W_h) | (W_h == W_y)).any()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
