@@ -29,6 +29,7 @@ from jaxrnn.backward import bptt
 from jaxrnn.batches import Batch
 from jaxrnn.curvature import gauss_newton_product
 from jaxrnn.dynamics import Flow, gradient_flow
+from jaxrnn.epochs import Diverged
 from jaxrnn.equilibria import FixedPoints, Stability, distinct, fixed_points, stability
 from jaxrnn.evaluation import evaluate
 from jaxrnn.forward import hidden_states, sequence_loss, step, unroll
@@ -42,7 +43,7 @@ from jaxrnn.products import readout
 from jaxrnn.sequences import buckets, mask_from_lengths, pad, unpad, windows
 from jaxrnn.serialization import load_fit, save_fit
 from jaxrnn.training import Evaluation, Fit, fit
-from jaxrnn.update import Diverged, Metrics, TrainState, init_state, make_update, sgd
+from jaxrnn.update import Metrics, TrainState, init_state, make_update, sgd
 from jaxrnn.value_checks import check_values
 
 __version__ = "0.2.0.dev0"

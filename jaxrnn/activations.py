@@ -65,8 +65,8 @@ def _check_elementwise(name: str, function: Callable[[Array], Array], dtype: DTy
 
 
 def autodiff_f_prime(f: Callable[[Array], Array], z: Array) -> Array:
-    """f'(z) of an elementwise f."""
-    return jnp.asarray(jax.jvp(f, (z,), (full_as(z, 1),))[1])
+    """f'(z) of an elementwise f, which may have a `custom_vjp`, as a surrogate gradient has."""
+    return jnp.asarray(jax.vjp(f, z)[1](full_as(z, 1))[0])
 
 
 def has_traced_values(function: Any, *arguments: Any) -> bool:

@@ -53,6 +53,15 @@ def noted(note: str) -> Iterator[None]:
         raise
 
 
+def check_has_values(name: str, tree: Any) -> None:
+    """Raises TypeError if an array of the tree is traced."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"{name}: expected arrays with values, got traced ones: call the function outside of "
+            "jit, grad and vmap"
+        )
+
+
 def check_array(name: str, x: Any, expected: str = "an array") -> None:
     """Raises TypeError unless x is an array of JAX or NumPy, or converts itself to one."""
     if not isinstance(x, jax.Array | np.ndarray | np.generic) and not hasattr(x, "__jax_array__"):
@@ -79,7 +88,9 @@ def check_float_tree(name: str, tree: Any) -> None:
 
 
 def check_shape(name: str, x: Any, shape: Sequence[int], meaning: str) -> None:
-    """Raises ValueError unless x has this shape."""
+    """Raises TypeError or ValueError unless x has this shape."""
+    if not hasattr(x, "shape"):
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__}")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)} ({meaning}), got {x.shape}")
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from jaxrnn.batches import Batch, step_weights, steps_shape
 from jaxrnn.evaluation import NO_STEP, value_state_count
 from jaxrnn.gradients import GradientFn, PyTree, SameObject, call_gradient, value_dtype
 from jaxrnn.sharding import explicit_sharding, parts
-from jaxrnn.update import Diverged, Metrics, Optimizer, TrainState, make_update
+from jaxrnn.update import Metrics, Optimizer, TrainState, make_update
 
 
 class Compiled(NamedTuple):
@@ -140,6 +140,37 @@ def epoch_runner(
     return lambda state, epoch: compiled.shuffled_epoch(
         state, train, jax.random.fold_in(key, epoch), size
     )
+
+
+class Diverged(ArithmeticError):
+    """Training stopped because too many consecutive updates were skipped.
+
+    Attributes:
+      step: the batch at which training stopped.
+      skipped: the number of consecutive updates skipped.
+      gradient_norms: the gradient norms of the last updates, oldest first.
+    """
+
+    def __init__(self, step: int, skipped: int, gradient_norms: Sequence[float]):
+        super().__init__(step, skipped, list(gradient_norms))  # these rebuild it when unpickled
+        self.step, self.skipped, self.gradient_norms = step, skipped, list(gradient_norms)
+
+    def __str__(self) -> str:
+        norms = ", ".join(f"{norm:.3g}" for norm in self.gradient_norms)
+        message = (
+            f"step {self.step}: expected finite loss, gradient, parameters and state, got "
+            f"{self.skipped} consecutive skipped updates; last gradient norms: {norms}. Try a "
+            "smaller learning rate, optax.clip_by_global_norm, or check_values on the data"
+        )
+        last = self.gradient_norms[-self.skipped :]
+        if not last or not all(math.isfinite(norm) for norm in last):
+            return message
+        return (
+            f"{message}. The gradients are finite, but loss, new parameters or state are "
+            "not. If the parameters have 16 bits, the optimiser may divide by 0. In float16, "
+            "eps=1e-8 is 0: try optax.adam(..., eps=1e-4). In bfloat16, b2=0.999 is 1: try "
+            "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)"
+        )
 
 
 def raise_if_diverged(metrics: Metrics, step: int, norms: list[float], max_skipped: int) -> None:

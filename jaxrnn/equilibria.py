@@ -165,7 +165,7 @@ def _search(
         return n + 1, h, q, falls.any()
 
     def search(_: Any, h: Array) -> Array:
-        n, q, fell = jnp.int32(0), jnp.asarray(jnp.inf, h.dtype), jnp.bool_(True)
+        n, q, fell = jnp.int32(0), jnp.asarray(jnp.finfo(h.dtype).max, h.dtype), jnp.bool_(True)
         n, q, fell = (scalar_as(h, scalar) for scalar in (n, q, fell))
         return lax.while_loop(unfinished, body, match_varying_axes((n, h, q, fell), residual(h)))[1]
 

@@ -53,10 +53,12 @@ def mean_over_batches(
     h_0: PyTree,
 ) -> float:
     """`evaluate` with a compiled `value_state_count`. `name` is the argument in errors."""
+    checks.check_has_values("params", params)
     total = count = 0.0
     h = h_0
     for n, batch in enumerate([batches] if isinstance(batches, Batch) else batches):
         check_is_batch(batch, f"{name}[{n}]")
+        checks.check_has_values(f"{name}[{n}]", batch)
         value, h_T, counted = compiled(params, batch, h)
         if steps := counted.item():
             total, count = total + value.item() * steps, count + steps
@@ -73,7 +75,7 @@ def evaluate(
     *,
     loss_fn: LossFn = sequence_loss,
 ) -> float:
-    """The mean loss over all steps that count in all batches.
+    """The mean loss over all steps that count in all batches, on the host.
 
     Args:
       params: the parameters.
@@ -90,7 +92,8 @@ def evaluate(
       The mean, a float.
 
     Raises:
-      TypeError: batches are not Batches, or loss_fn does not return (value, h_T).
+      TypeError: batches are not Batches, loss_fn does not return (value, h_T), or an array is
+        traced: in a transformation, use `sequence_loss`.
       ValueError: there is no batch, or no step counts.
 
     >>> import jax, jax.numpy as jnp, jaxrnn

@@ -74,7 +74,7 @@ def _distribution(y: Array, target: Array) -> tuple[Array, Array | int]:
         checks.check_shape("targets", target, y.shape[:-1], "integer labels, one for each y")
         # one_hot counts in the dtype of the labels: 8 bits would wrap at 256.
         return jax.nn.one_hot(target.astype(jnp.int32), y.shape[-1], dtype=y.dtype), 1
-    checks.check_shape("targets", target, y.shape, "a distribution for each y")
+    checks.check_shape("targets", target, y.shape, "a distribution for each y; labels are integers")
     target = target.astype(y.dtype)
     return target, target.sum(axis=-1, keepdims=True)
 

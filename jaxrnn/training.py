@@ -23,7 +23,7 @@ from jaxrnn.epochs import (
     raise_if_diverged,
 )
 from jaxrnn.evaluation import NO_STEP, check_batches, mean_over_batches
-from jaxrnn.gradients import GradientFn, PyTree, value_dtype
+from jaxrnn.gradients import GradientFn, PyTree, alike, value_dtype
 from jaxrnn.update import Optimizer, TrainState, init_state
 from jaxrnn.value_checks import check_values
 
@@ -113,7 +113,8 @@ def fit(
         returns True.
       resume: the Fit to continue from, as a callback received it or `load_fit` returned it. With
         the same other arguments the result equals that of an uninterrupted run, bit for bit. Of
-        `params` and `gradient_key`, only structure, shapes and dtypes are then read.
+        `params` and `gradient_key`, only structure, shapes and dtypes are then read. With other
+        data, give `resume._replace(history=())`: losses on different data do not compare.
 
     Returns:
       Fit.
@@ -275,7 +276,6 @@ def _check_resume(resume: Any, initial: Fit) -> Fit:
     """The Fit to continue from, as JAX arrays, if it fits the other arguments."""
     if not isinstance(resume, Fit):
         raise TypeError(f"resume: expected a Fit or None, got {type(resume).__name__}")
-
     expected, got = (_kinds({"state": f.state, "best": f.best}) for f in (initial, resume))
     for name in expected | got:
         kinds = expected.get(name, "nothing"), got.get(name, "nothing")
@@ -284,6 +284,8 @@ def _check_resume(resume: Any, initial: Fit) -> Fit:
                 f"resume: expected {kinds[0]} at {name}, as params, optimizer, h_0 and "
                 f"gradient_key give, got {kinds[1]}"
             )
+    if not alike(resume.state.opt_state, initial.state.opt_state):
+        raise ValueError("resume: expected the state of the optimizer given, got that of another")
     state, best = jax.tree.map(jnp.asarray, (resume.state, resume.best))
     return Fit(state, best, tuple(resume.history), False)
 

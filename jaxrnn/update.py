@@ -1,7 +1,6 @@
 """4. The update: the rule of gradient descent, or any optax optimiser, as one jitted step."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple, TypeAlias
 
@@ -33,11 +32,17 @@ def sgd(params: PyTree, grads: PyTree, learning_rate: float | Array) -> PyTree:
     Returns:
       The new theta, in the dtypes of params.
 
+    Raises:
+      TypeError, ValueError: learning_rate is not a number, or a gradient has another shape.
+
     >>> sgd({"w": jnp.array(1.0)}, {"w": jnp.array(0.5)}, 0.5)["w"].item()
     0.75
     """
 
+    checks.check_scalar("learning_rate", learning_rate)
+
     def descend(p: Array, d: Array) -> Array:
+        checks.check_shape("grads", d, jnp.shape(p), "as in params")
         return (p - jnp.asarray(learning_rate, p.dtype) * d).astype(p.dtype)
 
     return jax.tree.map(descend, params, grads)
@@ -78,37 +83,6 @@ class Metrics(NamedTuple):
     gradient_norm: Array
     counted: Array
     skipped: Array
-
-
-class Diverged(ArithmeticError):
-    """Training stopped because too many consecutive updates were skipped.
-
-    Attributes:
-      step: the batch at which training stopped.
-      skipped: the number of consecutive updates skipped.
-      gradient_norms: the gradient norms of the last updates, oldest first.
-    """
-
-    def __init__(self, step: int, skipped: int, gradient_norms: Sequence[float]):
-        super().__init__(step, skipped, list(gradient_norms))  # these rebuild it when unpickled
-        self.step, self.skipped, self.gradient_norms = step, skipped, list(gradient_norms)
-
-    def __str__(self) -> str:
-        norms = ", ".join(f"{norm:.3g}" for norm in self.gradient_norms)
-        message = (
-            f"step {self.step}: expected finite loss, gradient, parameters and state, got "
-            f"{self.skipped} consecutive skipped updates; last gradient norms: {norms}. Try a "
-            "smaller learning rate, optax.clip_by_global_norm, or check_values on the data"
-        )
-        last = self.gradient_norms[-self.skipped :]
-        if not last or not all(math.isfinite(norm) for norm in last):
-            return message
-        return (
-            f"{message}. The gradients are finite, but loss, new parameters or state are "
-            "not. If the parameters have 16 bits, the optimiser may divide by 0. In float16, "
-            "eps=1e-8 is 0: try optax.adam(..., eps=1e-4). In bfloat16, b2=0.999 is 1: try "
-            "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)"
-        )
 
 
 def init_state(
@@ -225,8 +199,9 @@ def make_update(
 
     If the loss, the norm of the gradient, the new parameters or a carried h_T are not finite, or
     float16 cannot hold the optimiser's state, the update is skipped: parameters, optimiser state
-    and h stay as they are, bit for bit, and `skipped` counts the consecutive skips. There is no
-    host synchronisation: poll `skipped` when convenient. A batch in which no step counts is an
+    and h stay as they are, bit for bit, and `skipped` counts the consecutive skips. A derivative
+    through a skipped update is NaN. There is no host synchronisation: poll `skipped` when
+    convenient. A batch in which no step counts is an
     update by a gradient of zero, which moves the parameters if the optimiser has momentum or decay.
 
     Args:

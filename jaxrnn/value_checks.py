@@ -1,5 +1,6 @@
 """Checks of values, made on the host, once, before any `jit`."""
 
+import math
 import warnings
 from typing import Any
 
@@ -9,13 +10,26 @@ import numpy as np
 
 from jaxrnn import checks
 from jaxrnn.activations import Activation, autodiff_f_prime, check_activation
-from jaxrnn.batches import Batch, check_batch, fits_as_numbers, per_step, steps_shape
+from jaxrnn.batches import (
+    Batch,
+    check_batch,
+    fits_as_numbers,
+    per_step,
+    steps_shape,
+    where_exists,
+)
 from jaxrnn.gradients import PyTree, value_dtype
+from jaxrnn.losses import Loss, check_loss
 from jaxrnn.params import Params, check_params
 
 
 def check_values(
-    params: PyTree, batch: Batch, h_0: PyTree = None, *, activation: Activation | None = None
+    params: PyTree,
+    batch: Batch,
+    h_0: PyTree = None,
+    *,
+    activation: Activation | None = None,
+    loss: Loss | None = None,
 ) -> None:
     """Checks values on the host. Call it once on data, before any `jit`.
 
@@ -31,6 +45,8 @@ def check_values(
         checked.
       activation: an Activation; f is checked to be elementwise, and df to equal f' by autodiff.
         None skips the check.
+      loss: a Loss; with Params, loss.error is checked to equal dl/dy by autodiff. None skips the
+        check.
 
     Raises:
       TypeError: an argument has the wrong type or dtype, such as a mask that is not bool.
@@ -38,8 +54,8 @@ def check_values(
         parameters, states, inputs, targets, weights or drive are not finite; states, inputs or
         drive overflow the parameters' dtype, or targets the same or float32, whichever is wider; a
         weight is negative, or the sum of all overflows or underflows; a 64-bit value does not fit
-        32 bits; activation.f is not elementwise, or df not its derivative. The message names the
-        first such place.
+        32 bits; activation.f is not elementwise, or df not its derivative; loss.error is not that
+        of loss.value. The message names the first such place.
 
     Warns:
       UserWarning: JAX rounds float64 values to float32; or integer xs, which are tokens, look like
@@ -51,6 +67,8 @@ def check_values(
     Traceback (most recent call last):
     ValueError: targets: expected integers in [0, 2) (O labels), got 2 at (1,); 1 of 2 are outside
     """
+    for name, tree in (("params", params), ("batch", batch), ("h_0", h_0)):
+        checks.check_has_values(name, tree)
     network = params if isinstance(params, Params) else None
     if network is None:
         checks.check_float_tree("params", params)
@@ -59,7 +77,7 @@ def check_values(
     state = h_0 if jax.tree_util.all_leaves([h_0]) else None  # a Stream is a pytree
     check_batch(network, batch, state)
     if activation is not None:
-        _check_functions(activation)
+        _check_activation(activation)
     wide = value_dtype(params)
     used_in: dict[str, Any] = {}
     if network is not None:
@@ -87,6 +105,8 @@ def check_values(
         _warn_of_features(network, batch, state, mask)
     if batch.weights is not None:
         _check_weights(checks.to_numpy(batch.weights), mask, wide)
+    if loss is not None and network is not None:
+        _check_error(loss, (*shape, network.W_y.shape[0]), wide, batch, mask)
 
 
 def _check_range(name: str, values: np.ndarray, mask: np.ndarray, network: Params) -> None:
@@ -112,7 +132,7 @@ def _check_weights(weights: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> No
         )
 
 
-def _check_functions(activation: Activation) -> None:
+def _check_activation(activation: Activation) -> None:
     """f is elementwise, and df(f(z)) is f'(z), on a grid without integers, where kinks may be."""
     check_activation(activation, jnp.float32)
     zs = jnp.linspace(-5.03, 5.02, 256)
@@ -132,6 +152,24 @@ def _check_functions(activation: Activation) -> None:
         raise ValueError(
             f"activation.df: expected f'(z) = {expected[first]:.4g} at z = {zs[first]:.4g}, got "
             f"{got[first]:.4g}; where f' does not follow from h, use Activation(f)"
+        )
+
+
+def _check_error(
+    loss: Loss, shape: tuple[int, ...], dtype: np.dtype, batch: Batch, mask: np.ndarray
+) -> None:
+    """loss.error is the derivative of loss.value, for outputs between -2 and 2."""
+    check_loss(loss, shape, dtype, batch.targets)
+    targets = where_exists(batch.mask, batch.targets)
+    ys = 2 * jnp.sin(1.3 * jnp.arange(math.prod(shape), dtype=dtype)).reshape(shape)
+    got = np.asarray(loss.error(ys, targets))
+    expected = np.asarray(jax.grad(lambda ys: loss.value(ys, targets).sum())(ys))
+    same = np.isclose(got, expected, rtol=1e-2, atol=1e-3, equal_nan=True)
+    first = checks.first_place(~same & mask[..., None])
+    if first is not None:
+        raise ValueError(
+            f"loss.error: expected dl/dy = {expected[first]:.4g} at y = {ys[first]:.4g}, as "
+            f"loss.value has, got {got[first]:.4g} at {first}"
         )
 
 

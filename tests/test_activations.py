@@ -60,6 +60,32 @@ def test_a_function_without_df_is_differentiated_by_autodiff(structure):
         assert max(relative_errors(flow.dzs.sum(axis=steps), expected[1].b_h)) <= 1e-12
 
 
+@jax.custom_vjp
+def spike(z):
+    """A step function with a surrogate gradient."""
+    return (z > 0).astype(z.dtype)
+
+
+spike.defvjp(lambda z: (spike(z), z), lambda z, d: (d / (1 + jnp.abs(z)) ** 2,))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("leak", [None, 0.3])
+def test_a_surrogate_gradient_by_custom_vjp_is_that_of_the_plain_scan(leak):
+    case = random_case(1, checkpoint_every=3)
+    keywords = {"activation": Activation(spike), "loss": case.keywords["loss"], "leak": leak}
+    plain = jax.value_and_grad(partial(plain_loss, **keywords), has_aux=True)
+    expected = jax.jit(plain)(*case.arguments)
+    assert jnp.abs(expected[1].W_h).max() > 0
+    for gradient_fn in (
+        jax.value_and_grad(partial(jaxrnn.sequence_loss, **keywords), has_aux=True),
+        partial(jaxrnn.bptt, **keywords),
+        partial(jaxrnn.bptt, checkpoint_every=3, **keywords),
+        partial(jaxrnn.rtrl, **keywords),
+    ):
+        assert max(relative_errors(jax.jit(gradient_fn)(*case.arguments), expected)) <= 1e-12
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "compile",
@@ -96,6 +122,7 @@ def test_the_gradient_by_a_learned_slope_is_that_of_the_plain_scan(compile):
         (Activation(jnp.tanh, jnp.sort), "activation.df: expected an elementwise function, got"),
         (Activation(jnp.tanh, lambda h: 1.0), "activation.df: expected shape"),
         (Activation(lambda z: z > 0), "activation.f: expected dtype float32, got bool"),
+        (Activation(lambda z: (z, z)), "activation.f: expected an array, got tuple"),
     ],
 )
 def test_a_wrong_activation_is_named(activation, message):

@@ -169,6 +169,13 @@ WRONG = {
     "reset too short": (unroll(reset=jnp.ones((T - 1, B), bool)), ValueError, r"reset: .*\(6, 4\)"),
     "batch of tuple": (sequence_loss((XS, LABELS)), TypeError, r"batch: expected Batch.*got tuple"),
     "loss of name": (sequence_loss(loss="mse"), TypeError, r"loss: expected a Loss.*got 'mse'"),
+    "labels in floats": (
+        bptt(targets=zeros(T, B)), ValueError, r"targets: .*\(7, 4, 2\).*labels are integers.*, 4\)"
+    ),
+    "loss of None": (
+        sequence_loss(loss=jaxrnn.squared_error._replace(value=lambda y, target: None)),
+        TypeError, r"loss.value: expected an array, got NoneType",
+    ),
     "loss without g": (
         sequence_loss(loss=jaxrnn.squared_error._replace(g=None)), TypeError, r"loss: expected a L"
     ),

@@ -263,26 +263,3 @@ def test_the_training_loss_does_not_depend_on_the_scale_of_the_weights(weight, p
             gradient_fn=partial(jaxrnn.bptt, loss=jaxrnn.squared_error),
         )  # fmt: skip
         assert result.history[0].train_loss == pytest.approx(expected, rel=1e-5)
-
-
-def test_an_improvement_is_below_the_loss_of_an_epoch_without_an_applied_update():
-    """Losses 0 (skipped), 5, 4.9, 4.8: each after the first is lower than the one before."""
-    start = {"w": jnp.zeros(())}
-    held_out = Batch(jnp.ones((1, 1, 1)), jnp.zeros((1, 1, 1)))
-    epochs = iter(range(1, 10))
-
-    class Train:
-        def __iter__(self):
-            yield held_out._replace(xs=jnp.full((1, 1, 1), next(epochs), float))
-
-    def gradient(params, batch, h=None):
-        gradients = jnp.array([0, jnp.nan, -5] + 7 * [0.1])
-        return (params["w"], h), {"w": gradients[batch.xs[0, 0, 0].astype(int)]}
-
-    with pytest.warns(UserWarning, match="1 of the 1 updates"):
-        result = jaxrnn.fit(
-            jax.random.key(0), start, Train(), held_out, gradient_fn=gradient,
-            optimizer=partial(jaxrnn.sgd, learning_rate=1.0), patience=3, max_epochs=9,
-        )  # fmt: skip
-    assert result.converged
-    np.testing.assert_allclose([row.valid_loss for row in result.history], [0, 5, 4.9, 4.8])

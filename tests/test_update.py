@@ -39,6 +39,13 @@ def test_sgd_is_optax_sgd_bit_for_bit(dtype, compile):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_sgd_takes_one_rate_and_gradients_of_the_shapes_of_the_parameters(params):
+    with pytest.raises(TypeError, match=r"^learning_rate: expected a number, got Params"):
+        jaxrnn.sgd(params, params, Params(*range(5)))
+    with pytest.raises(ValueError, match=r"^grads: expected shape \(5, 5\) .*, got \(9, 5, 5\)"):
+        jaxrnn.sgd(params, params._replace(W_h=jnp.ones((9, 5, 5))), 0.1)
+
+
 @pytest.mark.usefixtures("x64")
 def test_one_update_worked_out_by_hand():
     """Two steps, 2 x 2 weights, f = g = identity, l = (y - target)^2 / 2, eta = 1; by hand:

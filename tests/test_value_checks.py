@@ -7,7 +7,7 @@ import pytest
 
 import jaxrnn
 from jaxrnn import Activation, Batch
-from tests.test_checks import BATCH, LABELS, NAN, PARAMS, XS, B, H, O, T, numpy_xs, zeros
+from tests.test_checks import BATCH, KEY, LABELS, NAN, PARAMS, RULE, XS, B, H, O, T, numpy_xs, zeros
 
 EYE = np.eye(4, dtype=int)
 HALF = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
@@ -197,3 +197,32 @@ def test_a_df_that_is_not_the_derivative_of_f_is_named(activation):
 def test_an_f_that_is_not_elementwise_is_named(f):
     with pytest.raises(ValueError, match=r"^activation.f: expected an elementwise function, got"):
         jaxrnn.check_values(PARAMS, BATCH, activation=Activation(f))
+
+
+@pytest.mark.parametrize("loss", [jaxrnn.cross_entropy, jaxrnn.squared_error])
+def test_the_error_of_a_loss_is_checked_where_steps_exist(loss):
+    targets = LABELS if loss is jaxrnn.cross_entropy else jnp.full((T, B, O), 0.3)
+    batch = BATCH._replace(targets=targets, mask=jnp.ones((T, B), bool).at[1, 2].set(False))
+    if loss is jaxrnn.squared_error:
+        batch = batch._replace(targets=targets.at[1, 2].set(jnp.nan))
+    jaxrnn.check_values(PARAMS, batch, loss=loss)
+    for error in (lambda y, target: loss.g(y), lambda y, target: 2 * loss.error(y, target)):
+        with pytest.raises(ValueError, match=r"^loss.error: expected dl/dy = .* at y = .*, got"):
+            jaxrnn.check_values(PARAMS, batch, loss=loss._replace(error=error))
+
+
+@pytest.mark.parametrize("function", [jax.jit, jax.grad], ids=["jit", "grad"])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda p: jaxrnn.evaluate(p, BATCH), "params"),
+        (lambda p: jaxrnn.evaluate(PARAMS, BATCH._replace(drive=zeros(T, B, H) + p.b_h)), "batch"),
+        (lambda p: jaxrnn.fit(KEY, p, BATCH, optimizer=RULE).state.params.b_y[0], "params"),
+        (lambda p: jaxrnn.check_values(p, BATCH), "params"),
+    ],
+    ids=["evaluate", "evaluate batch", "fit", "check_values"],
+)
+def test_traced_values_are_refused_where_the_host_reads_them(call, name, function):
+    """The primal value of a traced loss would have a gradient of zeros."""
+    with pytest.raises(TypeError, match=rf"^{name}.*: expected arrays with values, got traced"):
+        function(call)(PARAMS)
