@@ -101,7 +101,7 @@ class Config:
     precision: Literal["default", "highest"] = "default"
     """Precision of float32 products: on NVIDIA GPUs the default is TF32, the highest float32."""
     devices: int = 1
-    """CPU devices; above 1, `bptt x N` splits the batch over them (not with `baseline`)."""
+    """CPU devices; above 1, `bptt x N` splits batches that they divide (not with `baseline`)."""
     baseline: Path | None = None
     """Another checkout of jaxrnn, which takes the place of the peers."""
     out: Path = Path("runs/benchmark")

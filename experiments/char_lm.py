@@ -7,8 +7,8 @@ of every stream and starts from the state that the last window ended in.
     python -m experiments.char_lm --text FILE --out DIR --resume
     python -m experiments.char_lm --out DIR --sample 500 --prompt TEXT --temperature 0.8
 
-The second command continues a stopped run, bit-identically, or one with fewer `--steps`. The third
-writes text from the trained network.
+The second command continues a stopped run bit-identically. With more `--steps` it extends a
+finished one. The third writes text from the trained network.
 """
 
 import dataclasses

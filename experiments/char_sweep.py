@@ -255,9 +255,9 @@ def summarize(rows: list[dict], config: Config) -> str:
 
 
 def main(config: Config) -> dict:
-    report = Report(config)
     text, batch_size = read_text(config.text), config.batch_size
     vocabulary, parts = split(text, config.text, batch_size, max(config.windows))
+    report = Report(config)
     train, valid, _ = (streams(part, batch_size) for part in parts)
     V = len(vocabulary)
     runs = [("jaxrnn", setting) for setting in settings(config)]

@@ -236,10 +236,10 @@ def train(config: Config, kind: Kind, sets: list[Trials], epochs: int, seeds: in
 
 def main(config: Config) -> dict:
     use_all_cores()
-    report = Report(config)
     counts = config.perceptual_trials, config.test_trials
     perceptual = perceptual_trials(config.dt, counts, config.seed)
     yang = yang_trials(config.tasks, config.dt, (config.trials, config.test_trials), config.seed)
+    report = Report(config)
     runs = [
         ("perceptual", perceptual, config.perceptual_epochs, config.seeds, perceptual_row),
         ("yang19", yang, config.epochs, config.yang_seeds, partial(task_row, config.tasks)),

@@ -164,13 +164,14 @@ def lowest_losses(rows: list[dict], T: int, method: str) -> np.ndarray:
 def draw_lengths(ax, rows: list[dict], names: list[str]):
     """The lowest loss against T, and the memoryless loss."""
     lengths = sorted({row["T"] for row in rows})
+    published = {"markersize": 14, "markerfacecolor": "none", "label": "published, Bai et al. 2018"}
+    ax.plot(1000, 0.0202, "k*", **published)
     for n, name in enumerate(names):
         losses = np.array([lowest_losses(rows, T, name) for T in lengths])
-        ax.plot(lengths, np.median(losses, axis=1), color=f"C{n}", label=name)
+        ax.plot(lengths, np.median(losses, axis=1), ".-", color=f"C{n}", label=name)
         ax.plot(lengths, losses, "o", color=f"C{n}", alpha=0.5, markersize=4)
     T = np.geomspace(1, 1000, 100)
     ax.plot(T, memoryless_loss(T), "k--", label="memoryless, 10 ln 8 / (T + 20)")
-    ax.plot(1000, 0.0202, "k*", markersize=10, label="published, Bai et al. 2018")
     ax.set(xscale="log", yscale="log", ylim=(1e-5, 2), xlabel="delay T")
     ax.set(ylabel="cross-entropy, nats per step", title="lowest loss over the checks")
     ax.legend(loc="lower right", fontsize=9)

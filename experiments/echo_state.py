@@ -115,12 +115,12 @@ TASKS = [
 
 def sparse(key, shape, dtype=jnp.float32, *, radius: float):
     """W_h with a share CONNECTIVITY of normal weights, scaled to a spectral radius."""
-    key_weights, key_exists = jax.random.split(key)
+    key_weights, key_exists, key_again = jax.random.split(key, 3)
     exists = jax.random.bernoulli(key_exists, CONNECTIVITY, shape)
     W_h = np.asarray(jnp.where(exists, jax.random.normal(key_weights, shape, dtype), 0))
     drawn = np.abs(np.linalg.eigvals(W_h)).max()
     if drawn == 0:  # a small W_h without a cycle
-        return sparse(jax.random.fold_in(key, 0), shape, dtype, radius=radius)
+        return sparse(key_again, shape, dtype, radius=radius)
     return jnp.asarray(radius / drawn * W_h)
 
 

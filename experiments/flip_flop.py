@@ -242,7 +242,7 @@ def draw_finders(ax, rows: list[dict]):
     for n, name in enumerate(dict.fromkeys(row["finder"] for row in rows)):
         found = [(row["seconds"], row["points"]) for row in rows if row["finder"] == name]
         ax.plot(*zip(*found, strict=True), "os^v"[n % 4], alpha=0.7, label=name)
-    ax.set(xlim=(0, None), xlabel="seconds per network", ylim=(0, 30), ylabel="fixed points")
+    ax.set(xlim=(0, None), xlabel="seconds per network", ylim=(0, None), ylabel="fixed points")
     ax.legend(loc="lower left", title="finder, learning rate")
     ax.grid(alpha=0.3)
 

@@ -168,10 +168,15 @@ def train(config: Config, f: Activation, test_batch: Batch, settings: list):
         yield updates, [values.reshape(len(settings), -1) for values in results]
 
 
+def median(values):
+    """The median over seeds of values (x, seeds), in which a diverged network is infinite."""
+    return np.median(np.where(np.isnan(values), np.inf, values), axis=1)
+
+
 def plot_seeds(ax, x, values, color, label=None):
     """Thin lines for seeds, a thick one for the median; values (x, seeds), NaN if diverged."""
     ax.plot(x, values, color=color, alpha=0.3, linewidth=0.7)
-    ax.plot(x, np.nanmedian(values, axis=1), color=color, linewidth=2, label=label)
+    ax.plot(x, median(values), color=color, linewidth=2, label=label)
 
 
 def draw_initial(ax, rows: list[dict]):
@@ -203,7 +208,7 @@ def draw_clipping(ax, rows: list[dict]):
     """The loss after the last update against the clipping threshold."""
     losses, positions = np.array([row["losses"] for row in rows], float), np.arange(len(rows))
     ax.plot(positions, losses, "o", color="C0", alpha=0.5)
-    ax.plot(positions, np.nanmedian(losses, axis=1), color="C0", label="median")
+    ax.plot(positions, median(losses), color="C0", label="median")
     ax.axhline(np.log(4), color="k", linestyle="--", label="chance, ln 4")
     for x in positions[np.isnan(losses).any(axis=1)]:
         ax.text(x + 0.45, 6, f"{np.isnan(losses[x]).sum()} diverged", color="C3", ha="right")

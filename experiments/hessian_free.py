@@ -1,8 +1,8 @@
 """Hessian-free optimisation: does curvature teach a plain tanh network to remember for T steps?
 
 A gradient that vanishes over T steps is small, and so is the curvature along it. Conjugate
-gradients divide the one by the other (Martens 2010), and structural damping keeps the hidden states
-from changing more than a quadratic holds for (Martens and Sutskever 2011). The networks and their
+gradients divide the one by the other (Martens 2010), and structural damping keeps the changes of
+the hidden states in the range of the quadratic (Martens and Sutskever 2011). The networks and their
 initial weights are those of temporal_order, the tasks those of temporal_order, adding and
 memory_tasks. A seed has solved the task at the first update after which at most 1 % of 10,000 new
 sequences are wrong. With `--compare`, first-order methods of long_lag_tasks, or SOFO in random

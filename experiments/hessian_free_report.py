@@ -11,6 +11,7 @@ LOWEST = 1e-4
 """The lowest error rate in the figure."""
 
 COLUMNS = 4
+LABELS = {"+ clipping": "Adam, clipped", "subspace": "SOFO"}
 """The most panels in a row of the figure."""
 
 
@@ -59,6 +60,7 @@ def draw(rows: list[dict]):
     """The error rate of each seed against its seconds, a panel for each task and T."""
     panels = list(dict.fromkeys((task, T) for task, T, _ in runs_of(rows)))
     methods = list(dict.fromkeys(method for _, _, method in runs_of(rows)))
+    xlabel = "seconds" + ", all networks (Hessian-free: one)" * (len(methods) > 1)
     columns = min(len(panels), COLUMNS)
     lines = -(-len(panels) // columns)
     fig, axes = plt.subplots(
@@ -69,14 +71,15 @@ def draw(rows: list[dict]):
             of_seed = of_run(rows, task, T, method, seed)
             seconds = [row["seconds"] for row in of_seed]
             errors = [max(row["error"], LOWEST) for row in of_seed]
-            color, label = f"C{methods.index(method)}", method if seed == 0 else None
+            color = f"C{methods.index(method)}"
+            label = LABELS.get(method, method) if seed == 0 else None
             ax.plot(seconds, errors, ".-", color=color, alpha=0.7, label=label)
         ax.axhline(SOLVED, color="black", linestyle="--", linewidth=0.8)
-        ax.set(title=f"{task}, T = {T}", xlabel="seconds", yscale="log")
+        ax.set(title=f"{task}, T = {T}", xlabel=xlabel, yscale="log")
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
-        ax.set_ylabel("error rate on new sequences")
+        ax.set_ylabel(f"error rate on new sequences, at least {LOWEST:g}")
     axes[0, 0].legend()
     return fig

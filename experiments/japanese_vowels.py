@@ -60,7 +60,7 @@ class Config:
     clip: float = 1.0
     """Clipping threshold for the norm of the gradient."""
     noise: float = 0.3
-    """Standard deviation of the noise added to the inputs, whose own is 1, in training."""
+    """Standard deviation of the noise added to the inputs in training; theirs is 1."""
     folds: int = 0
     """Number of folds for cross-validation of the training utterances; 0 uses the test set."""
     seeds: int = 10
@@ -235,8 +235,8 @@ def draw(rows: list[dict]):
 
 def main(config: Config) -> dict:
     use_all_cores()
-    report = Report(config)
     batch = load()
+    report = Report(config)
     test_size = TRAINING if config.folds else TEST
     results = {}
     key_init, key_train = jax.random.split(jax.random.key(config.seed))

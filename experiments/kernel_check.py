@@ -68,7 +68,7 @@ class Config:
     seconds: float = 0.5
     """Time to spend on each size, at least."""
     T: int = 200
-    """Steps of the checks; a tenth of those that the forward kernel alone is timed at."""
+    """Steps of the checks. The forward kernel alone is timed at ten times as many."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the timed parameters and inputs: float32, where products are TF32, or bfloat16."""
     interpret: bool = False

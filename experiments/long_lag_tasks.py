@@ -1,4 +1,4 @@
-"""Shared by temporal_order and adding: settings, four training methods, and the figure.
+"""Shared by three experiments with long lags: settings, four training methods, and the figure.
 
 Both tasks require the network to remember an input for T steps. The methods:
 
@@ -262,7 +262,7 @@ def draw(rows: list[dict], task: Task):
             updates = [count for count in seeds if count is not None]
             below.plot([x] * len(updates), updates, "o", color=f"C{n}", alpha=0.6)
     above.axhline(100, color="black", linestyle="--", linewidth=0.8)
-    above.text(-0.45, 102, f"solved in publication: {task.published}", fontsize=8)
+    above.text(-0.45, 102, f"solved in the paper: {task.published}", fontsize=8)
     above.set(ylabel=f"seeds that solved {task.name}, %", ylim=(0, 112))
     below.set(ylabel="updates until solved", xlabel="sequence length T")
     for ax in (above, below):

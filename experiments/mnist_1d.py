@@ -9,8 +9,8 @@ the samples of all curves are permuted by one fixed random permutation. Three in
     identity ReLU       the IRNN (Le, Jaitly and Hinton 2015)
 
 Two readouts, with a linear layer each: of the state after the last step; or of the states of all 40
-steps in both directions, as in the published GRU, here with dropout. All other settings are equal.
-Test accuracies are those after the last epoch.
+steps in both directions, as in the published GRU, here with dropout. The two directions share the
+hidden units; all other settings are equal. Test accuracies are those after the last epoch.
 
     pip install -e '.[experiments,data]'
     python -m experiments.mnist_1d --out runs/mnist_1d
@@ -262,8 +262,8 @@ def draw(rows: list[dict]):
 
 def main(config: Config) -> dict:
     use_all_cores()
-    report = Report(config)
     data = stack([load(config, False), load(config, True)])
+    report = Report(config)
     runs = [(readout, name) for readout in readouts(config) for name in config.methods]
     key, results = jax.random.key(config.seed), []
     with tqdm(runs, unit="run", disable=None) as bar:

@@ -102,10 +102,16 @@ def train_seeds(
       check_every: the number of updates between checks; a divisor of `updates`.
       *settings: arrays with a value for each network.
     """
-    networks = len(states.step)
-    states, settings = shard_seeds((states, settings))
+    networks, devices = len(states.step), len(jax.devices())
+    # Copies of the first networks, whose results are dropped, leave no core idle.
+    copies = -networks % devices if networks > devices else 0
+
+    def spread(tree):
+        return shard_seeds(jax.tree.map(lambda x: jnp.concatenate([x, x[:copies]]), tree))
+
+    states, settings = spread((states, settings))
     run = jax.jit(jax.vmap(updates_and_check))
     for done in range(check_every, updates + 1, check_every):
         keys = jax.random.split(jax.random.fold_in(key, done), networks)
-        states, results = run(states, shard_seeds(keys), *settings)
-        yield done, jax.tree.map(np.asarray, results)
+        states, results = run(states, spread(keys), *settings)
+        yield done, jax.tree.map(lambda x: np.asarray(x)[:networks], results)

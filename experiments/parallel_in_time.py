@@ -165,7 +165,7 @@ def draw_exponents(ax, rows: list[dict], config: Config):
             ax.plot([], [], marker, color=color, label=f"{method}, H = {H}")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(xlabel="largest Lyapunov exponent, nats per step")
-    ax.set_title(f"T = {config.length}; open: not equal")
+    ax.set_title(f"T = {config.length}; open: at the cap, or not equal")
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.93))
 
 
@@ -208,7 +208,7 @@ def draw(rows: list[dict], config: Config):
         for T in config.lengths
     ]
     axes[2].plot(config.lengths, sequential, "k", linewidth=3, label="hidden_states")
-    axes[1].set_title(f"H = {config.hidden_size}; open: not equal")
+    axes[1].set_title(f"H = {config.hidden_size}; open: at the cap, or not equal")
     count_iterations(axes[0], config)
     count_iterations(axes[1], config)
     axes[2].set(ylabel="milliseconds", title=f"H = {config.hidden_size}, beside hidden_states")
@@ -222,16 +222,16 @@ def draw(rows: list[dict], config: Config):
     return figure
 
 
-def speeds(rows: list[dict]) -> dict[str, float]:
+def speeds(rows: list[dict]) -> dict[str, float | None]:
     """For each method, its highest speed relative to `unroll` among the runs that succeeded."""
     unroll = {}
-    best = dict.fromkeys(METHODS, 0.0)
+    best: dict[str, float | None] = dict.fromkeys(METHODS)
     for row in rows:  # a network's row of unroll comes first
         if row["method"] == "unroll":
             unroll = row
         elif row["succeeded"]:
             speed = unroll["milliseconds"] / row["milliseconds"]
-            best[row["method"]] = max(best[row["method"]], speed)
+            best[row["method"]] = max(best[row["method"]] or 0.0, speed)
     return best
 
 
@@ -250,7 +250,10 @@ def summarize(config: Config, rows: list[dict]) -> str:
             part += f", {method} {iterations} iterations, {succeeded} of {len(runs)} equal, "
             part += f"{milliseconds(runs)} ms"
         parts.append(part)
-    best = ", ".join(f"{method} {speed:.3f}" for method, speed in speeds(rows).items())
+    best = ", ".join(
+        f"{method} {'none' if speed is None else f'{speed:.3f}'}"
+        for method, speed in speeds(rows).items()
+    )
     return f"{'; '.join(parts)}; at best, times as fast as unroll: {best}"
 
 

@@ -278,7 +278,9 @@ def methods(
         for name, fn in gradients_of(old, batch, leak).items():
             made[f"{name}, baseline"] = fn, there
         return made
-    if devices > 1 and batch.xs.shape[1] % devices == 0:
+    if devices > 1 and batch.xs.shape[1] % devices:
+        print(f"bptt x {devices}: left out, {devices} does not divide B", file=sys.stderr)
+    elif devices > 1:
         mesh = Mesh(jax.devices()[:devices], ("batch",))
         parallel = jaxrnn.data_parallel(partial(jaxrnn.bptt, loss=loss, leak=leak), mesh)
         replicated, by_sequence = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "batch"))

@@ -95,13 +95,13 @@ def write_results(config, seconds: float, ours: str, draw: Callable, **figures) 
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation over seeds.
+    """Mean and standard deviation over seeds; one value has no deviation.
 
     >>> mean_and_spread([1.0, 2.0, 3.0], digits=1)
     '2.0 ± 1.0'
     """
-    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    mean = f"{np.mean(values):.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
 def finite(values) -> list[float | None]:

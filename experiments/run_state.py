@@ -74,7 +74,8 @@ def discard_checkpoints(folder: Path) -> None:
 def discard_run(folder: Path) -> None:
     """Removes the run that the folder holds, if any; an empty metrics.jsonl stays."""
     if holds_run(folder):
-        for name in ("summary.json", "figure.png", "curve.png", "sample.txt"):
+        written = "summary.json", "figure.png", "curve.png", "sample.txt"
+        for name in (*written, "config.json", "vocabulary.json"):
             (folder / name).unlink(missing_ok=True)
     discard_checkpoints(folder)
     (folder / "metrics.jsonl").write_bytes(b"")

@@ -271,10 +271,13 @@ def test_bptt_calls_no_autodiff(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("autodiff was called")
 
-    for name in ("grad", "vjp", "value_and_grad", "jvp", "linearize", "jacrev"):
+    reverse = "grad", "vjp", "value_and_grad", "jacrev", "hessian", "linear_transpose"
+    for name in (*reverse, "jvp", "linearize", "jacfwd"):
         monkeypatch.setattr(jax, name, refuse)
-    params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
-    jax.make_jaxpr(jaxrnn.bptt)(params, Batch(jnp.ones((5, 2)), jnp.zeros(5, int)))
+    case = random_case(0, mask=True, reset=True, weights=True, leak=True, drive=True)
+    options = {"loss": case.keywords["loss"], "leak": 0.3}
+    for more in ({}, options, options | {"checkpoint_every": 2}):
+        jax.make_jaxpr(partial(jaxrnn.bptt, **more))(*case.arguments)
 
 
 @pytest.mark.thorough

@@ -15,21 +15,10 @@ from experiments import adding, cli, copy_memory, long_lag_tasks, temporal_order
 from experiments.cli import InputError
 from jaxrnn import Diverged
 from jaxrnn.checkpoints import CheckpointError
+from tests import test_reproductions
 
 ROOT = Path(__file__).parent.parent
-NAMES = [
-    "gradient_flow",
-    "temporal_order",
-    "adding",
-    "copy_memory",
-    "mnist_1d",
-    "japanese_vowels",
-    "polyphonic_music",
-    "char_sweep",
-    "flip_flop",
-    "reservoir",
-    "char_lm",
-]
+NAMES = [*test_reproductions.NAMES, "benchmark", "kernel_check", "char_lm"]
 
 
 @pytest.mark.parametrize("name", NAMES)

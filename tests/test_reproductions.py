@@ -106,7 +106,7 @@ def test_metrics_without_a_line_are_not_a_run(tmp_path):
 
 
 def test_mean_and_spread():
-    assert mean_and_spread([2.0]) == "2.000 ± 0.000"
+    assert mean_and_spread([2.0]) == "2.000"
     assert mean_and_spread([1.0, 3.0], digits=1) == "2.0 ± 1.4"
 
 
