@@ -1,4 +1,4 @@
-"""Shared by three experiments with long lags: settings, four training methods, and the figure.
+"""The tasks temporal order and adding: settings, four training methods, and the figure.
 
 Both tasks require the network to remember an input for T steps. The methods:
 

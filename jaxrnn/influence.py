@@ -32,14 +32,14 @@ def augmented_input(params: Params, x: Array, h_before: Array) -> Array:
 class Influence(NamedTuple):
     """A way to carry J_t: three pure functions and a flag.
 
-    Three are given, each O(B) times as much for B sequences:
+    Three are given, here with memory and time for one step of one sequence:
 
         full        J_t itself, (*batch, H, N, H): real-time recurrent learning (Williams and
-                    Zipser 1989). Memory O(H^2 N), time of a step O(H^3 N).
+                    Zipser 1989). Memory O(H^2 N), time O(H^3 N).
         diagonal    the elements dh_j / dtheta_jn of J_t, (*batch, H, N): SnAp-1 (Menick et al.
-                    2021). Memory and time of a step O(H N), as of the forward pass.
+                    2021). Memory and time O(H N), the time of the forward pass.
         rank_one    a random matrix of rank one whose mean is J_t: UORO (Tallec and Ollivier 2018).
-                    Memory and time of a step O(H N).
+                    Memory and time O(H N).
 
     Attributes:
       start: (h, N) -> J_0 = 0, for a state h (*batch, H).

@@ -193,3 +193,16 @@ def test_an_activation_that_cannot_be_hashed_works():
     by_autodiff = jax.grad(jaxrnn.sequence_loss, has_aux=True)(params, batch, activation=leaky)[0]
     by_hand = jaxrnn.bptt(params, batch, activation=leaky)[1]
     np.testing.assert_allclose(by_hand.W_h, by_autodiff.W_h, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_far_from_zero_the_derivative_is_finite_and_NaN_stays_NaN(name):
+    f, df = ACTIVATIONS[name]
+    for z in map(jnp.float32, (-1e4, -100, 100, 1e4)):
+        np.testing.assert_allclose(df(f(z)), jax.grad(f)(z), atol=1e-6)
+    assert jnp.isnan(f(jnp.float32(jnp.nan)))
+
+
+def test_the_derivative_of_softplus_keeps_its_digits_where_it_is_small():
+    f, df = ACTIVATIONS["softplus"]
+    np.testing.assert_allclose(df(f(jnp.float32(-30))), np.exp(-30.0), rtol=1e-5)

@@ -131,3 +131,15 @@ def test_saving_and_loading_need_only_numpy(tmp_path):
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "['numpy']", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", list("?bhiqBHIQefdFD"))
+def test_every_dtype_of_numpy_is_read_back(dtype):
+    array = np.arange(3).astype(dtype)
+    assert_arrays_equal(decode_bytes(encode(0, {"a": array})), {"a": array})
+
+
+@pytest.mark.parametrize("note", [None, 0, False, "", [], {}, 0.0])
+def test_a_note_that_is_empty_is_read_back(note):
+    got = decode_bytes(encode(0, {}, note)).note
+    assert (got, type(got)) == (note, type(note))

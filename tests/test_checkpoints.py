@@ -153,3 +153,19 @@ def test_random_damage_is_always_detected(tmp_path):
     assert count > 250
     path.write_bytes(data)
     assert_arrays_equal(checkpoints.newest(tmp_path), arrays)
+
+
+def test_two_checkpoints_are_kept_by_default(tmp_path):
+    for step in range(4):
+        checkpoints.save(tmp_path, step, {})
+    assert checkpoints.saved_steps(tmp_path) == [2, 3]
+
+
+def test_an_interrupted_save_leaves_no_file(tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save(tmp_path, 1, {"W": np.zeros(2)})
+    assert os.listdir(tmp_path) == []

@@ -176,6 +176,8 @@ WRONG = {
         sequence_loss(loss=jaxrnn.squared_error._replace(value=lambda y, target: None)),
         TypeError, r"loss.value: expected an array, got NoneType",
     ),
+    "loop of unroll": (unroll(loop=True), TypeError, r"loop: .*function, got True"),
+    "no batches": (evaluate(()), ValueError, r"batches: expected at least one batch, got none"),
     "loss without g": (
         sequence_loss(loss=jaxrnn.squared_error._replace(g=None)), TypeError, r"loss: expected a L"
     ),

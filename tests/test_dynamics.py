@@ -75,3 +75,12 @@ def test_a_wrong_argument_of_gradient_flow_is_named():
     params = jaxrnn.init(jax.random.key(0), 2, 3, 2)
     with pytest.raises(ValueError, match=r"xs: expected shape \(T, \*batch, 2\)"):
         jaxrnn.gradient_flow(params, jaxrnn.Batch(jnp.ones((4, 5)), jnp.zeros(4, int)))
+
+
+def test_the_mean_over_many_steps_is_taken_in_float32():
+    """1 / 70,000 of a step in float16 would be 1 / inf."""
+    params = jaxrnn.init(jax.random.key(0), 2, 3, 2, dtype=jnp.float16)
+    ones = jnp.ones((70_000, 1))
+    xs, labels = jnp.ones((70_000, 1, 2)), jnp.zeros((70_000, 1), int)
+    batch = jaxrnn.Batch(xs, labels, weights=ones)
+    assert jaxrnn.gradient_flow(params, batch).dhs[-1].any()

@@ -101,3 +101,31 @@ def test_parameters_of_numpy_take_traced_tokens():
     for gradient in (partial(jaxrnn.bptt, checkpoint_every=7), jaxrnn.rtrl):
         assert max(relative_errors(gradient(params, batch)[1], expected)) <= 1e-5
     jax.jit(lambda xs: jaxrnn.unroll(params, xs))(batch.xs)
+
+
+@pytest.mark.parametrize("field", ["reset", "drive"])
+def test_a_reset_or_a_drive_says_that_xs_are_tokens(field):
+    value = {"reset": np.zeros((T, B, 8), bool), "drive": zeros(T, B, 8, H)}[field]
+    h_T, _ = jaxrnn.unroll(jaxrnn.init(KEY, 8, H, 8), PIANO_ROLL, **{field: value})
+    assert h_T.shape == (B, 8, H)
+
+
+@pytest.mark.parametrize("name", ["bptt", "rtrl", "snap1", "uoro"])
+def test_tokens_of_8_bits_count_beyond_127(name):
+    params = jaxrnn.init(KEY, 300, 4, 2)
+    tokens = np.array([[0, 255], [44, 100], [127, 200]])
+    options = {"key": jax.random.key(1)} if name == "uoro" else {}
+    gradient = partial(getattr(jaxrnn, name), **options)
+    got, expected = (
+        gradient(params, Batch(xs, tokens % 2)) for xs in (tokens.astype(np.uint8), tokens)
+    )
+    assert max(relative_errors(got, expected)) == 0
+
+
+def test_targets_of_bool_are_numbers():
+    params, xs = jaxrnn.init(KEY, 3, H, 2), zeros(T, B, 3) + 1
+    got, expected = (
+        jaxrnn.bptt(params, Batch(xs, targets), loss=jaxrnn.binary_cross_entropy)
+        for targets in (np.ones((T, B, 2), bool), zeros(T, B, 2) + 1)
+    )
+    assert max(relative_errors(got, expected)) == 0

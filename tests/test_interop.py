@@ -241,6 +241,22 @@ def replaced(weights, which, **changes):
             replaced(flax_weights(), 0, h={"kernel": np.ones((H, H)), "bias": np.ones(H)}),
             r"cell\['h'\]: expected names \['kernel'\]",
         ),
+        (
+            interop.from_torch,
+            [torch_weights()[0], {"weight": np.ones((O, H))}],
+            r"linear: expected names \['bias', 'weight'\], got \['weight'\]",
+        ),
+        (
+            interop.from_flax,
+            replaced(flax_weights(), 0, i={"kernel": np.ones((I, H))}),
+            r"cell\['i'\]: expected names \['bias', 'kernel'\], got \['kernel'\]",
+        ),
+        (
+            interop.from_flax,
+            [flax_weights()[0], {"kernel": np.ones((H, O))}],
+            r"dense: expected names \['bias', 'kernel'\], got \['kernel'\]",
+        ),
+        (interop.to_torch, [(1, 2, 3, 4, 5)], "params: expected Params, got tuple"),
     ],
 )
 def test_errors_name_the_invalid_argument(function, arguments, message):

@@ -156,3 +156,30 @@ def test_an_error_of_a_loss_names_it(part):
     with pytest.raises((TypeError, ValueError)) as raised:
         jaxrnn.bptt(params, Batch(jnp.ones((5, 4, 3)), jnp.zeros((5, 4), int)), loss=loss)
     assert f"The error is in loss.{part}." in raised.value.__notes__
+
+
+def test_mean_loss_checks_its_loss():
+    batch = Batch(jnp.ones((7, 4, 3)), jnp.zeros((7, 4), int))
+    with pytest.raises(TypeError, match=r"^loss: expected a Loss\(g, value, error\), got 'mse'"):
+        jaxrnn.mean_loss(jnp.ones((7, 4, 2)), batch, "mse")
+    summed = jaxrnn.cross_entropy._replace(value=lambda y, target: jnp.abs(y).sum())
+    with pytest.raises(ValueError, match=r"^loss.value: expected shape \(7, 4\)"):
+        jaxrnn.mean_loss(jnp.ones((7, 4, 2)), batch, summed)
+
+
+@pytest.mark.usefixtures("x64")
+def test_evaluate_sums_in_float64_and_traces_a_loss_once():
+    traced = []
+
+    def loss_fn(params, batch, h=None):
+        traced.append(1)
+        return jaxrnn.sequence_loss(params, batch, h)
+
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float64)
+    xs, weights = (jax.random.uniform(jax.random.key(n), (7, 4, 3)) for n in (1, 2))
+    batch = Batch(xs, jnp.zeros((7, 4), int), weights=weights[..., 0])
+    halves = [jax.tree.map(lambda leaf, n=n: leaf[:, n : n + 2], batch) for n in (0, 2)]
+    for _ in range(2):
+        got = jaxrnn.evaluate(params, halves, loss_fn=loss_fn)
+    np.testing.assert_allclose(got, jaxrnn.sequence_loss(params, batch)[0], rtol=1e-14)
+    assert len(traced) == 1

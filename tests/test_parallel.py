@@ -203,3 +203,15 @@ def test_networks_split_over_devices_are_searched_without_communication():
     expected = jax.jit(search)(stacked, starts)
     assert expected.converged.all()
     np.testing.assert_allclose(searched(stacked, starts).h, expected.h, atol=1e-5)
+
+
+def test_float16_over_devices_keeps_dtypes_and_sums_in_float32(mesh):
+    """The sum of the shares, each of many steps, is beyond the range of float16."""
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2, dtype=jnp.float16)
+    batch = Batch(jnp.ones((64, 8, 3)), jnp.full((64, 8, 2), 1000.0))
+    gradient_fn = partial(jaxrnn.bptt, loss=jaxrnn.squared_error)
+    (value, h_T), grads = jax.jit(jaxrnn.data_parallel(gradient_fn, mesh))(params, batch)
+    (_, _), expected = gradient_fn(params, batch)
+    assert {leaf.dtype for leaf in (h_T, *grads)} == {jnp.dtype(jnp.float16)}
+    assert value.dtype == jnp.float32
+    assert max(relative_errors(grads, expected)) <= 1e-2

@@ -65,3 +65,7 @@ def test_numpy_float64_without_x64_is_float32_with_a_warning():
         with pytest.warns(UserWarning, match="float64 .* truncated to dtype float32"):
             got = function(of_numpy, batch)
         assert max(relative_errors(got, function(params, batch))) <= 1e-6
+
+
+def test_scaled_identity_is_the_identity_by_default():
+    np.testing.assert_array_equal(jaxrnn.scaled_identity()(None, (3, 3)), np.eye(3))

@@ -249,6 +249,12 @@ def test_buckets_of_lengths_in_eight_bits():
     assert [b.tolist() for b in narrow] == [b.tolist() for b in jaxrnn.buckets(lengths)]
 
 
+def test_buckets_pad_by_a_tenth_by_default_and_no_sequence_is_no_bucket():
+    assert [b.tolist() for b in jaxrnn.buckets([10, 8, 7])] == [[0, 1], [2]]
+    assert jaxrnn.mask_from_lengths([], 3).shape == (3, 0)
+    assert jaxrnn.unpad(np.ones((3, 0)), []) == []
+
+
 def test_buckets_reject_an_invalid_share():
     for padding in (1, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"padding: expected a share in \[0, 1\), got"):

@@ -238,3 +238,25 @@ def test_a_leaf_of_64_bits_is_not_narrowed(leaf):
         from_arrays(tree, stored)
     with jax.enable_x64(True):
         assert from_arrays(tree, stored)["seen"] == leaf
+
+
+def test_what_is_stored_and_what_is_read_are_copies():
+    leaf = np.zeros(4096, np.float32)
+    stored = to_arrays({"leaf": leaf})
+    leaf[:] = 1
+    assert not stored["leaf"].any()
+    for offset in range(16):  # JAX may share memory that is aligned
+        memory = np.zeros(4112, np.float32)[offset : offset + 4096]
+        read = from_arrays({"leaf": jnp.zeros(4096)}, {"leaf": memory})
+        memory[:] = 1
+        assert not read["leaf"].any()
+
+
+def test_save_fit_makes_the_folders_and_keeps_as_many_as_it_is_told(params, tmp_path):
+    folder = tmp_path / "a" / "b"
+    callback = partial(jaxrnn.save_fit, folder, keep=3)
+    fit = partial(jaxrnn.fit, jax.random.key(0), params, stream(), optimizer=optax.sgd(0.1))
+    fit(max_epochs=4, callback=callback)
+    assert checkpoints.saved_steps(folder) == [2, 3, 4]
+    with pytest.raises(CheckpointError, match="expected no checkpoint of epoch 4 or later"):
+        jaxrnn.save_fit(folder, fit(max_epochs=4))

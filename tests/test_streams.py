@@ -104,3 +104,20 @@ def test_a_step_of_rank_one_has_the_mean_of_a_step_of_the_whole_influence():
     assert len(outer) == 2**H
     whole = streams.full.advance(jnp.einsum("i,jn->jni", a, b), W_h, f_prime, leak, u, None)
     np.testing.assert_allclose(outer.mean(axis=0), whole, atol=1e-10)
+
+
+def test_uoro_of_units_that_do_not_respond_is_finite(params, batch):
+    silent = params._replace(b_h=jnp.full(4, -99.0))
+    _, grads = jaxrnn.uoro(silent, batch, key=jax.random.key(0), activation=jaxrnn.relu)
+    assert all(jnp.isfinite(leaf).all() for leaf in grads)
+    assert not grads.W_h.any()
+
+
+@pytest.mark.parametrize("name", ["rtrl", "snap1"])
+def test_a_sum_beyond_the_range_of_float16_has_a_mean(name):
+    params = jaxrnn.init(jax.random.key(0), 3, 4, 2, dtype=jnp.float16)
+    batch = Batch(jnp.ones((3, 4096, 3)), jnp.full((3, 4096, 2), 100.0))
+    gradient_fn = partial(forward(name), loss=jaxrnn.squared_error)
+    _, got = gradient_fn(params, batch)
+    _, expected = gradient_fn(params, jax.tree.map(lambda leaf: leaf[:, :1], batch))
+    assert max(relative_errors(got, expected)) <= 1e-2

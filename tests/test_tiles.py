@@ -101,3 +101,16 @@ def test_a_launch_holds_at_most_two_to_the_31_numbers(monkeypatch):
         )
     assert max(seen) < 2**31
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize("H", [1, 15, 16, 17, 32, 64, 128])
+def test_a_tile_is_as_wide_as_the_next_power_of_two(H):
+    seen = []
+
+    def run(network, carry, inputs):
+        seen.append(carry.shape[-1])
+        return carry, inputs[0]
+
+    network = jnp.ones((1, H, H)), (None, None)
+    tiles.with_whole_tiles(run)(network, jnp.ones((1, 3, H)), (jnp.ones((5, 1, 3, H)),))
+    assert seen == [max(16, 2 ** (H - 1).bit_length())]

@@ -226,3 +226,13 @@ def test_traced_values_are_refused_where_the_host_reads_them(call, name, functio
     """The primal value of a traced loss would have a gradient of zeros."""
     with pytest.raises(TypeError, match=rf"^{name}.*: expected arrays with values, got traced"):
         function(call)(PARAMS)
+
+
+def test_a_state_may_hold_a_key_and_a_target_must_fit_its_dtype():
+    jaxrnn.check_values(PARAMS, BATCH, {"key": KEY})
+    tiny = np.full((T, B), np.finfo(np.float32).tiny, np.float32)
+    jaxrnn.check_values(PARAMS, BATCH._replace(weights=tiny))
+    with jax.enable_x64(True), pytest.raises(ValueError, match=r"^targets: .* that fit float32"):
+        jaxrnn.check_values(PARAMS, BATCH._replace(targets=jnp.full((T, B, O), 1e300)))
+    with pytest.raises(TypeError, match=r"^activation: expected an Activation"):
+        jaxrnn.check_values(PARAMS, BATCH, activation=jnp.tanh)

@@ -84,3 +84,20 @@ def test_the_scale_of_the_weights_does_not_matter(weight):
         jax.tree.leaves(at_scale(weight)), jax.tree.leaves(at_scale(1.0)), strict=True
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_sum_of_narrow_weights_and_weights_of_no_step():
+    """The first is beyond the range of float16; the second may be NaN, or there is no step."""
+    params = jax.tree.map(jnp.float32, network(0, 2, 4))
+    data = Batch(*jax.tree.map(jnp.asarray, labelled_batch(6, 4)[:2]))
+    expected = jaxrnn.sequence_loss(params, data)[0]
+    narrow = data._replace(weights=np.full((6, 4), 6e4, np.float16))
+    np.testing.assert_allclose(jaxrnn.sequence_loss(params, narrow)[0], expected, rtol=1e-6)
+    mask = jnp.ones((6, 4), bool).at[4:].set(False)
+    masked = data._replace(mask=mask, weights=jnp.where(mask, 1, jnp.nan))
+    np.testing.assert_allclose(
+        jaxrnn.evaluate(params, masked),
+        jaxrnn.sequence_loss(params, data._replace(mask=mask))[0], rtol=1e-6,
+    )  # fmt: skip
+    none = jax.tree.map(lambda leaf: leaf[:0], narrow)
+    assert jaxrnn.bptt(params, none)[0][0] == jaxrnn.sequence_loss(params, none)[0] == 0
