@@ -13,7 +13,7 @@ BACKWARD = {
     "W_y transposed": ("dys @ params.W_y, output", "dys @ params.W_y.T, output"),
     "dW_h transposed": ("outer_sum(dzs, hs_before, dtype)",
                         "outer_sum(dzs, hs_before, dtype).T"),
-    "forward in time": ("dh_next, inputs, reverse=True)", "dh_next, inputs)"),
+    "forward in time": ("f_primes, mask, reset), reverse=True)", "f_primes, mask, reset))"),
     "blocks forward in time": ("K, saved, states, reverse=True)", "K, saved, states)"),
     "no recurrence": ("dh = dh_y + dh_next", "dh = dh_y"),
     "no output error": ("dh = dh_y + dh_next", "dh = dh_next"),
