@@ -183,3 +183,20 @@ def test_evaluate_sums_in_float64_and_traces_a_loss_once():
         got = jaxrnn.evaluate(params, halves, loss_fn=loss_fn)
     np.testing.assert_allclose(got, jaxrnn.sequence_loss(params, batch)[0], rtol=1e-14)
     assert len(traced) == 1
+
+
+def test_the_loss_of_outputs_of_16_bits_is_computed_in_float32():
+    batch = Batch(jnp.ones((7, 4, 3)), jnp.zeros((7, 4), int))
+    ys = jax.random.normal(jax.random.key(0), (7, 4, 2)).astype(jnp.bfloat16)
+    assert jaxrnn.mean_loss(ys, batch) == jaxrnn.mean_loss(ys.astype(jnp.float32), batch)
+
+
+def test_the_loss_of_a_batch_in_which_nothing_counts_is_not_read():
+    def loss_fn(params, batch, h=None):
+        value, h_T = jaxrnn.sequence_loss(params, batch, h)
+        return value / batch.mask.any(), h_T
+
+    params, mask = jaxrnn.init(jax.random.key(0), 3, 5, 2), jnp.ones((7, 4), bool)
+    batch = Batch(jnp.ones((7, 4, 3)), jnp.zeros((7, 4), int), mask)
+    got = jaxrnn.evaluate(params, [batch, batch._replace(mask=~mask)], loss_fn=loss_fn)
+    np.testing.assert_allclose(got, jaxrnn.sequence_loss(params, batch)[0], rtol=1e-6)

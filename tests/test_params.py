@@ -69,3 +69,14 @@ def test_numpy_float64_without_x64_is_float32_with_a_warning():
 
 def test_scaled_identity_is_the_identity_by_default():
     np.testing.assert_array_equal(jaxrnn.scaled_identity()(None, (3, 3)), np.eye(3))
+
+
+def test_numbers_of_numpy_are_sizes_leaks_and_tokens():
+    params = jaxrnn.init(jax.random.key(0), *np.array([3, 5, 2]))
+    assert params.W_y.shape == (2, 5)
+    batch = jaxrnn.Batch(jnp.ones((7, 4, 3)), jnp.zeros((7, 4), int))
+    got, expected = (jaxrnn.bptt(params, batch, leak=leak) for leak in (np.float32(0.25), 0.25))
+    assert max(relative_errors(got, expected)) == 0
+    jaxrnn.step(params, jnp.zeros(5), np.int64(1))
+    product = jaxrnn.curvature.gauss_newton(params, batch)
+    jaxrnn.curvature.damped(product, np.array(0.5, np.float32))(params)

@@ -249,6 +249,11 @@ def test_buckets_of_lengths_in_eight_bits():
     assert [b.tolist() for b in narrow] == [b.tolist() for b in jaxrnn.buckets(lengths)]
 
 
+def test_mask_from_lengths_inside_jit():
+    mask = jax.jit(partial(jaxrnn.mask_from_lengths, T=3))(jnp.array([2, 5]))
+    np.testing.assert_array_equal(mask.sum(axis=0), [2, 3])
+
+
 def test_buckets_pad_by_a_tenth_by_default_and_no_sequence_is_no_bucket():
     assert [b.tolist() for b in jaxrnn.buckets([10, 8, 7])] == [[0, 1], [2]]
     assert jaxrnn.mask_from_lengths([], 3).shape == (3, 0)
