@@ -82,7 +82,7 @@ def fixed_points(
     in which XLA on a CPU can deadlock.
 
     Args:
-      params: Params in float32 or float64. A constant drive is added to b_h.
+      params: Params in float32 or float64. Add a constant drive to b_h.
       h: the starts, (N, H).
       x: the input, (I,) or an integer token (), or one for each start, (N, I) or tokens (N,).
       activation: f.

@@ -38,7 +38,6 @@ def sgd(params: PyTree, grads: PyTree, learning_rate: float | Array) -> PyTree:
     >>> sgd({"w": jnp.array(1.0)}, {"w": jnp.array(0.5)}, 0.5)["w"].item()
     0.75
     """
-
     checks.check_scalar("learning_rate", learning_rate)
 
     def descend(p: Array, d: Array) -> Array:
@@ -201,8 +200,8 @@ def make_update(
     float16 cannot hold the optimiser's state, the update is skipped: parameters, optimiser state
     and h stay as they are, bit for bit, and `skipped` counts the consecutive skips. A derivative
     through a skipped update is NaN. There is no host synchronisation: poll `skipped` when
-    convenient. A batch in which no step counts is an
-    update by a gradient of zero, which moves the parameters if the optimiser has momentum or decay.
+    convenient. A batch in which no step counts is an update by a gradient of zero, which moves the
+    parameters if the optimiser has momentum or decay.
 
     Args:
       gradient_fn: (params, batch, h) -> ((value, h_T), grads) for any pytree of parameters: `bptt`,

@@ -160,7 +160,7 @@ def _check_error(
 ) -> None:
     """loss.error is the derivative of loss.value, for outputs between -2 and 2."""
     check_loss(loss, shape, dtype, batch.targets)
-    targets = where_exists(batch.mask, batch.targets)
+    targets = where_exists(mask, checks.to_numpy(batch.targets))
     ys = 2 * jnp.sin(1.3 * jnp.arange(math.prod(shape), dtype=dtype)).reshape(shape)
     got = np.asarray(loss.error(ys, targets))
     expected = np.asarray(jax.grad(lambda ys: loss.value(ys, targets).sum())(ys))

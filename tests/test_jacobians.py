@@ -184,17 +184,3 @@ def test_lyapunov_exponents_in_shard_map():
     specs = {"in_specs": P(None, "batch"), "out_specs": P("batch")}
     fn = jax.shard_map(partial(lyapunov_exponents, params), mesh=mesh, **specs)
     np.testing.assert_allclose(fn(xs), lyapunov_exponents(params, xs), rtol=1e-4, atol=1e-5)
-
-
-def test_stability_within_and_beyond_the_margin():
-    Js = np.array([[[1 + 1e-9]], [[1 - 1e-9]], [[1.005]], [[0.995]]])
-    found = jaxrnn.stability(Js)
-    assert found.unstable_dim.tolist() == [0, 0, 1, 0]
-    assert found.stable.tolist() == [False, False, False, True]
-    assert found.marginal.tolist() == [True, True, False, False]
-    wide = jaxrnn.stability(Js, margin=0.01)
-    assert wide.marginal.all()
-    assert not wide.unstable_dim.any()
-    assert not wide.stable.any()
-    exact = jaxrnn.stability(np.array([[[1.0]], [[0.5]]]), margin=0)
-    assert exact.marginal.tolist() == [True, False]

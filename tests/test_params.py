@@ -80,3 +80,12 @@ def test_numbers_of_numpy_are_sizes_leaks_and_tokens():
     jaxrnn.step(params, jnp.zeros(5), np.int64(1))
     product = jaxrnn.curvature.gauss_newton(params, batch)
     jaxrnn.curvature.damped(product, np.array(0.5, np.float32))(params)
+
+
+def test_a_bias_of_another_size_or_16_bit_dtype_is_named():
+    params = jaxrnn.init(jax.random.key(0), 3, 5, 2)
+    with pytest.raises(ValueError, match=r"^params.b_y: expected shape \(2,\)"):
+        jaxrnn.readout(params._replace(b_y=jnp.zeros(1)), jnp.zeros((7, 5)))
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), params)
+    with pytest.raises(TypeError, match=r"^params.b_h: expected float16 as W_h has, got bfloat16"):
+        jaxrnn.unroll(half._replace(b_h=half.b_h.astype(jnp.bfloat16)), jnp.ones((7, 4, 3)))

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 import jaxrnn
-from experiments import adding, copy_memory, long_lag_tasks, run_state, temporal_order
+from experiments import (
+    adding,
+    copy_memory,
+    long_lag_tasks,
+    multi_seed,
+    run_state,
+    temporal_order,
+)
 from experiments.regularizer import regularizer
 from experiments.reports import Report, mean_and_spread
 from jaxrnn import Batch
@@ -226,3 +233,22 @@ def test_the_regularizer_equals_its_definition_step_by_step(x64):
                 terms.append(((before**2).sum() / (dhs[t, b] ** 2).sum() - 1) ** 2)
     omega = jax.jit(regularizer)(params, batch, h_0)
     assert omega == pytest.approx(np.mean(terms), rel=1e-12)
+
+
+@pytest.mark.parametrize("networks", [3, 8, 10])
+def test_copies_that_fill_idle_devices_change_no_result(networks):
+    """On eight devices: fewer networks than devices, as many, and more that they do not divide."""
+
+    def updates_and_check(state, key, rate):
+        state = state._replace(params=state.params + rate * jax.random.normal(key))
+        return state, state.params
+
+    zeros = jnp.zeros(networks)
+    states = jaxrnn.TrainState(zeros, zeros, (), skipped=zeros)
+    rates = jnp.arange(networks, dtype=float)
+    trained = multi_seed.train_seeds(updates_and_check, states, jax.random.key(0), 4, 2, rates)
+    expected = np.zeros(networks)
+    for updates, results in trained:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(0), updates), networks)
+        expected += rates * jax.vmap(jax.random.normal)(keys)
+        np.testing.assert_allclose(results, expected, rtol=1e-6)

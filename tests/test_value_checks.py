@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxrnn
 from jaxrnn import Activation, Batch
@@ -238,34 +240,19 @@ def test_a_state_may_hold_a_key_and_a_target_must_fit_its_dtype():
         jaxrnn.check_values(PARAMS, BATCH, activation=jnp.tanh)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"leak": 2.0}, r"^leak: expected values in \(0, 1\]"),
-        ({"activation": jnp.tanh}, r"^activation: expected an Activation"),
-        ({"loss": "mse"}, r"^loss: expected a Loss"),
-        ({"h_0": zeros(B, 9)}, r"^h_0: expected shape"),
-        ({"checkpoint_every": 0}, r"^checkpoint_every: expected at least 1, got 0"),
-    ],
-)
-def test_a_wrong_argument_of_the_gauss_newton_product_is_named(wrong, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        jaxrnn.gauss_newton_product(PARAMS, BATCH, PARAMS, **wrong)
-
-
-def test_a_bias_of_another_size_or_16_bit_dtype_is_named():
-    with pytest.raises(ValueError, match=r"^params.b_y: expected shape \(2,\)"):
-        jaxrnn.readout(PARAMS._replace(b_y=zeros(1)), zeros(T, H))
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), PARAMS)
-    with pytest.raises(TypeError, match=r"^params.b_h: expected float16 as W_h has, got bfloat16"):
-        jaxrnn.unroll(half._replace(b_h=half.b_h.astype(jnp.bfloat16)), XS)
-    with pytest.raises(TypeError, match=r"^product: expected a function, got"):
-        jaxrnn.curvature.damped(PARAMS, 0.1)
-
-
 def test_one_hot_rows_of_three_warn_and_tokens_are_called_tokens():
     rows = np.eye(3, dtype=int)
     with pytest.warns(UserWarning, match="^xs: integers of shape"):
         jaxrnn.check_values(jaxrnn.init(KEY, 3, H, 3), Batch(rows, rows))
     with pytest.raises(ValueError, match="I tokens"):
         jaxrnn.check_values(PARAMS, Batch(np.full((T, B), 3), LABELS))
+
+
+def test_the_error_of_a_loss_is_checked_for_targets_split_by_explicit_sharding():
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Explicit,))
+    targets = jax.device_put(LABELS, NamedSharding(mesh, P(None, "batch")))
+    batch = BATCH._replace(targets=targets)
+    jaxrnn.check_values(PARAMS, batch, loss=jaxrnn.cross_entropy)
+    wrong = jaxrnn.cross_entropy._replace(error=lambda y, target: y)
+    with pytest.raises(ValueError, match=r"^loss.error: expected dl/dy"):
+        jaxrnn.check_values(PARAMS, batch, loss=wrong)
